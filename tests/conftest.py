@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+PLUGIN = Path(__file__).parent / "plugin"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -30,6 +32,28 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)  # type: ignore[arg-type]
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="session")
+def plugin_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the installed test package: its module and its entry points."""
+    folder = tmp_path_factory.mktemp("site")
+    project = tomllib.loads((PLUGIN / "pyproject.toml").read_text())["project"]
+    (folder / "trialist_coins.py").write_text((PLUGIN / "trialist_coins.py").read_text())
+    info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    lines = [f"[{group}]\n" + "\n".join(f"{k} = {v}" for k, v in names.items()) for group, names in project["entry-points"].items()]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def coins(plugin_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes the trial `coins` of the test package known, here and in workers."""
+    monkeypatch.syspath_prepend(str(plugin_path))
+    monkeypatch.setenv("PYTHONPATH", str(plugin_path))
+    return plugin_path
 
 
 @pytest.fixture

@@ -1,0 +1,6 @@
+"""`python -m trialist` is `trialist`."""
+
+from trialist.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

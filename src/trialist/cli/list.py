@@ -1,0 +1,54 @@
+"""`trialist list`: the trials, their claims, and what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trialist.cli._arguments import console, parse, print_json
+from trialist.engine.registry import load_path, trial_paths
+
+
+@dataclass(frozen=True)
+class Options:
+    """The trials: claims, and what was measured (from evidence/ below the current folder)."""
+
+    json: bool = False
+    """Print JSON"""
+    evidence: str = "evidence"
+    """Folder of evidence files"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse(Options, "list", arguments)
+    rows = []
+    for name, path in trial_paths().items():
+        trial = load_path(path)
+        rows.append(
+            {
+                "name": name,
+                "claim": trial.claim.statement,
+                "source": trial.claim.source,
+                "presets": list(trial.presets),
+                "verdicts": measured(Path(options.evidence) / name),
+            }
+        )
+    if options.json:
+        print_json(rows)
+        return 0
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("trial", "claim", "source", "measured here"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        words = ", ".join(f"{preset}: {word}" for preset, word in row["verdicts"].items()) or "not yet"
+        table.add_row(row["name"], row["claim"], row["source"], words)
+    console().print(table)
+    return 0
+
+
+def measured(folder: Path) -> dict[str, str]:
+    return {file.stem: json.loads(file.read_text())["verdict"] for file in sorted(folder.glob("*.json"))}

@@ -1,0 +1,103 @@
+"""`trialist runs`: the runs in the ledger, with errors; stages."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from trialist.cli._arguments import console, ledger_path, parse, print_json
+
+
+@dataclass(frozen=True)
+class Options:
+    """The runs in the ledger, newest first."""
+
+    trial: str | None = None
+    """Only runs of this trial"""
+    status: Literal["queued", "running", "done", "diverged", "failed", "stale"] | None = None
+    """Only runs in this state"""
+    errors: bool = False
+    """Show the traceback of every failed run"""
+    stages: bool = False
+    """List the stages (artefacts shared by runs) instead"""
+    clean: bool = False
+    """Remove all stages and the folders of finished runs, kept models included"""
+    limit: int = 200
+    """Most rows to print; 0 prints all (JSON is never cut)"""
+    ledger: str | None = None
+    """The ledger file"""
+    json: bool = False
+    """Print JSON"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse(Options, "runs", arguments)
+    path = ledger_path(options.ledger)
+    if options.clean:
+        from trialist.engine.stages import clean_folders
+
+        console().print(f"freed {clean_folders(path) / 2**20:.1f} MiB")
+        return 0
+    if options.stages:
+        return _stages(options, path.parent / "stages")
+    from trialist.engine.ledger import Ledger
+
+    ledger = Ledger(path, create=False)
+    rows = ledger.rows(trial=options.trial, status=options.status)
+    ledger.close()
+    if options.json:
+        print_json(rows)
+        return 0
+    from rich.table import Table
+    from rich.text import Text
+
+    from trialist.engine.display import STYLES, duration
+
+    out = console()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("id", "trial", "preset", "setting", "arm", "seed", "status", "time", "started", "error"):
+        table.add_column(column, no_wrap=column != "error")
+    shown = rows[: options.limit] if options.limit else rows
+    for row in shown:
+        arm = row["arm"] + (" (tuning)" if row["purpose"] == "tuning" else "")
+        table.add_row(
+            row["id"], row["trial"], row["preset"], row["setting"], arm, str(row["seed"]),
+            Text(row["status"], style=STYLES.get(row["status"], "dim")),
+            duration((row["measured"] or {}).get("wall_seconds")), _when(row["started"]), row["error"] or "",
+        )  # fmt: skip
+    out.print(table)
+    if len(shown) < len(rows):
+        out.print(f"... {len(rows) - len(shown)} more; --limit 0 prints all")
+    if options.errors:
+        for row in rows:
+            if row["error"]:
+                out.print(f"\n[bold]{row['id']}[/bold] {row['trial']} · {row['setting']} · {row['arm']} · seed {row['seed']}")
+                out.print(row["traceback"] or row["error"], markup=False)
+    return 0
+
+
+def _stages(options: Options, root: object) -> int:
+    from pathlib import Path
+
+    from trialist.engine.display import duration
+    from trialist.engine.stages import list_stages
+
+    stages = list_stages(Path(str(root)))
+    if options.json:
+        print_json(stages)
+        return 0
+    for entry in stages:
+        console().print(
+            f"{entry['name']}-{entry['key']}  {entry['bytes'] / 2**20:.1f} MiB  built in {duration(entry['wall_seconds']) or '0 s'}  "
+            f"{_when(entry['created'])}",
+            markup=False,
+        )
+    if not stages:
+        console().print("no stages")
+    return 0
+
+
+def _when(stamp: float | None) -> str:
+    return "" if stamp is None else datetime.datetime.fromtimestamp(stamp).strftime("%Y-%m-%d %H:%M")

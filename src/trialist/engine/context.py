@@ -1,0 +1,50 @@
+"""What a run may ask of the engine: random streams, shared stages, a scratch folder, and a place to report progress."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trialist.engine import stages
+
+
+@dataclass
+class Context:
+    seed: int
+    folder: Path
+    """Scratch folder of this run; the same one when an interrupted run starts again, so checkpoints in it resume"""
+    stages_folder: Path
+    threads: int = 1
+    source: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    keep_model: bool = False
+    """Whether the run should leave its trained model in `model_folder` (`run --keep-models`, `export`)"""
+    send: Callable[[tuple], None] | None = None
+    used_stages: list[str] = field(default_factory=list)
+
+    def stream(self, name: str) -> int:
+        """A seed in [0, 2**63) for one named use of randomness (`init`, `data_order`, `dropout`, `sampling`, `evaluation`).
+
+        It depends on the run's seed and the name only, never on the arm: arms share their random numbers.
+        """
+        key = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
+        return int.from_bytes(key, "little") >> 1
+
+    def stage(self, name: str, inputs: tuple, build: Callable[[Path], Any]) -> Path:
+        """The folder of an artefact that arms share; `build(folder)` fills it if it is not there yet."""
+        folder = stages.stage(self.stages_folder, name, inputs, build, source=self.source, versions=self.versions)
+        self.used_stages.append(folder.name)
+        return folder
+
+    def progress(self, done: float, total: float, numbers: Mapping[str, float] | None = None) -> None:
+        """Tells the table how far the run is, in any unit, with numbers worth showing (`loss`)."""
+        if self.send is not None:
+            self.send(("progress", float(done), float(total), {key: float(value) for key, value in (numbers or {}).items()}))
+
+    @property
+    def model_folder(self) -> Path:
+        """Where a run saves its trained model when `keep_model` is set."""
+        return self.folder / "model"

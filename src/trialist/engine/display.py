@@ -1,0 +1,179 @@
+"""What a person sees while a trial runs: one live table with a row a run on a terminal, clean lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from trialist.engine.execute import Event
+from trialist.engine.ledger import PlannedRun
+
+STYLES = {"done": "green", "running": "cyan", "failed": "red", "diverged": "yellow", "queued": "dim", "elsewhere": "magenta"}
+
+
+@dataclass
+class Row:
+    run: PlannedRun
+    status: str = "queued"
+    done: float = 0.0
+    total: float = 0.0
+    numbers: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    message: str = ""
+
+    @property
+    def share(self) -> float:
+        return 1.0 if self.status in ("done", "diverged") else (self.done / self.total if self.total else 0.0)
+
+    @property
+    def seconds_left(self) -> float | None:
+        if self.status != "running" or not self.share:
+            return None
+        return self.seconds * (1 - self.share) / self.share
+
+
+class Forecast:
+    """Time left, from the runs seen so far: finished ones, and running ones by their share of the work."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+
+    def seconds_per_run(self, rows: Sequence[Row]) -> float | None:
+        """None until some run is far enough to tell."""
+        seen = [row.seconds / row.share for row in rows if row.seconds and (row.share >= 0.02 or row.seconds >= 20) and row.share]
+        return sum(seen) / len(seen) if seen else None
+
+    def seconds_left(self, rows: Sequence[Row]) -> float | None:
+        each = self.seconds_per_run(rows)
+        if each is None:
+            return None
+        open_rows = [row for row in rows if row.status in ("queued", "running")]
+        work = sum(row.seconds_left if row.seconds_left is not None else each for row in open_rows)
+        return max(work / self.slots, max((row.seconds_left or 0.0 for row in open_rows), default=0.0))
+
+
+class Display:
+    """A listener for `execute`. Use as a context manager; `add` announces the runs of a phase (tuning, trial, a look)."""
+
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        self.console = console or Console(stderr=True)
+        self.quiet = quiet
+        self.rows: dict[str, Row] = {}
+        self.forecast = Forecast(1)
+        self.phase = ""
+        self._live: Live | None = None
+        self._drawn = 0.0
+
+    def add(self, runs: Sequence[PlannedRun], answers: dict[str, str], statuses: dict[str, str], slots: int, phase: str) -> None:
+        self.forecast = Forecast(slots)
+        self.phase = phase
+        self.rows = {}
+        for run in runs:
+            row = answers[run.id]
+            status = statuses[row]
+            self.rows[row] = Row(run, "queued" if status == "running" else status)
+        finished = sum(row.status not in ("queued", "running") for row in self.rows.values())
+        reused = f", {finished} of them already in the ledger" if finished else ""
+        self.say(f"{phase}: {len(self.rows)} runs{reused}, {slots} at a time")
+        if self.console.is_terminal and not self.quiet and finished < len(self.rows):
+            self._live = Live(console=self.console, auto_refresh=False, transient=True)
+            self._live.start()
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            self.console.print(text, highlight=False)
+
+    def pause(self) -> None:
+        """Takes the live table away, for a question or an end."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def __call__(self, event: Event) -> None:
+        row = self.rows[event.run]
+        if event.kind == "progress":
+            row.done, row.total, row.seconds = event.done, event.total, event.seconds
+            row.numbers.update(event.numbers)
+        elif event.kind == "started":
+            row.status = "running"
+        elif event.kind == "released":
+            row.status = "queued"
+        else:
+            row.status, row.message = event.kind, event.message
+            row.seconds = event.seconds or row.seconds
+            row.numbers.update(event.numbers)
+            if self._live is None and event.kind != "elsewhere":
+                self._line(row)
+        if self._live is not None and (event.kind != "progress" or time.monotonic() - self._drawn > 0.25):
+            self._drawn = time.monotonic()
+            self._live.update(self._table(), refresh=True)
+
+    def _line(self, row: Row) -> None:
+        finished = sum(entry.status not in ("queued", "running", "elsewhere") for entry in self.rows.values())
+        left = self.forecast.seconds_left(list(self.rows.values()))
+        parts = [
+            f"[{finished}/{len(self.rows)}] {row.run.setting} · {row.run.arm} · seed {row.run.seed}: {row.status}",
+            _numbers(row.numbers),
+            duration(row.seconds),
+            row.message,
+            f"about {duration(left)} left" if left else "",
+        ]
+        self.say(", ".join(part for part in parts if part))
+
+    def _table(self) -> Group:
+        height = max(6, self.console.size.height - 6)
+        rows = list(self.rows.values())
+        shown = rows
+        if len(rows) > height:  # what runs, what failed, then what ended last and what comes next
+            order = {"running": 0, "failed": 1, "diverged": 1, "elsewhere": 2, "queued": 3, "done": 4}
+            ranked = sorted(range(len(rows)), key=lambda index: (order[rows[index].status], index))[:height]
+            shown = [rows[index] for index in sorted(ranked)]
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for column in ("setting", "arm", "seed", "status", "progress", "measured", "time", "left"):
+            table.add_column(column, justify="right" if column in ("seed", "time", "left") else "left", no_wrap=True)
+        for row in shown:
+            table.add_row(
+                row.run.setting,
+                row.run.arm,
+                str(row.run.seed),
+                Text(row.status, style=STYLES.get(row.status, "")),
+                ProgressBar(total=1.0, completed=row.share, width=16),
+                row.message or _numbers(row.numbers),
+                duration(row.seconds),
+                duration(row.seconds_left),
+            )
+        finished = sum(row.status not in ("queued", "running", "elsewhere") for row in rows)
+        left = self.forecast.seconds_left(rows)
+        tail = f"{self.phase}: {finished} of {len(rows)} runs finished" + (f", about {duration(left)} left" if left else "")
+        if len(shown) < len(rows):
+            tail += f" ({len(rows) - len(shown)} rows not shown)"
+        return Group(table, Text(tail, style="bold"))
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.pause()
+
+
+def duration(seconds: float | None) -> str:
+    """`41 s`, `6 min`, `2.5 h`; empty for None and 0."""
+    if not seconds:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _numbers(numbers: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in list(numbers.items())[:3])

@@ -1,0 +1,422 @@
+"""The database of runs, outcomes and verdicts: one SQLite file in WAL mode, written by main processes only.
+
+Two main processes on one ledger share the work: a run is claimed in one transaction, and a claim whose owner died (same
+machine) or whose lease ran out (another machine) may be taken over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import sqlalchemy as sa
+
+from trialist.engine.contract import Outcome
+from trialist.engine.records import RunRecord, outcome_from_json, outcome_to_json
+
+SCHEMA = 1
+LEASE_SECONDS = 60.0
+NETWORK_FILE_SYSTEMS = {
+    "nfs", "nfs4", "cifs", "smbfs", "smb3", "afs", "ceph", "lustre", "gpfs", "glusterfs", "beegfs",
+    "fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.gcsfuse", "fuse.rclone",
+}  # fmt: skip
+
+_metadata = sa.MetaData()
+_meta = sa.Table("meta", _metadata, sa.Column("key", sa.String, primary_key=True), sa.Column("value", sa.String))
+_configurations = sa.Table(
+    "configurations",
+    _metadata,
+    sa.Column("key", sa.String, primary_key=True),
+    sa.Column("trial", sa.String, nullable=False, index=True),
+    sa.Column("path", sa.String, nullable=False),
+    sa.Column("preset", sa.String, nullable=False),
+    sa.Column("inputs", sa.JSON, nullable=False),
+    sa.Column("command", sa.String, nullable=False),
+    sa.Column("touched", sa.Float, nullable=False),
+)
+_runs = sa.Table(
+    "runs",
+    _metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("identity", sa.String, nullable=False, index=True),
+    sa.Column("source", sa.String, nullable=False),
+    sa.Column("configuration", sa.String, sa.ForeignKey("configurations.key"), nullable=False, index=True),
+    sa.Column("trial", sa.String, nullable=False),
+    sa.Column("setting", sa.String, nullable=False),
+    sa.Column("arm", sa.String, nullable=False),
+    sa.Column("seed", sa.Integer, nullable=False),
+    sa.Column("purpose", sa.String, nullable=False),
+    sa.Column("status", sa.String, nullable=False, index=True),
+    sa.Column("attempt", sa.Integer, nullable=False, default=1),
+    sa.Column("options", sa.JSON, nullable=False),
+    sa.Column("owner", sa.String),
+    sa.Column("lease_until", sa.Float),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("started", sa.Float),
+    sa.Column("ended", sa.Float),
+    sa.Column("measured", sa.JSON),
+    sa.Column("error", sa.Text),
+    sa.Column("traceback", sa.Text),
+)
+_outcomes = sa.Table(
+    "outcomes",
+    _metadata,
+    sa.Column("run", sa.String, sa.ForeignKey("runs.id"), primary_key=True),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+)
+_summaries = sa.Table(
+    "summaries",
+    _metadata,
+    sa.Column("configuration", sa.String, sa.ForeignKey("configurations.key"), primary_key=True),
+    sa.Column("word", sa.String, nullable=False),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+)
+
+
+class LedgerError(RuntimeError):
+    """The ledger cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A trial with given inputs: what runs and summaries belong to."""
+
+    key: str
+    trial: str
+    path: str
+    preset: str
+    inputs: Mapping[str, Any]
+    command: str
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run as it is to be stored."""
+
+    id: str
+    identity: str
+    source: str
+    configuration: str
+    trial: str
+    setting: str
+    arm: str
+    seed: int
+    options: Mapping[str, Any]
+    purpose: str = "trial"
+
+
+class Ledger:
+    """Opens (and creates) a ledger file. Raises LedgerError where it cannot be used."""
+
+    def __init__(self, path: str | Path, *, create: bool = True) -> None:
+        self.path = Path(path).absolute()
+        if not create and not self.path.exists():
+            raise LedgerError(f"no ledger at {self.path}: run a trial first, or point --ledger to one")
+        refuse_network_file_system(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LedgerError(
+                f"cannot create {self.path.parent}: {error.strerror}; choose a writable place with --ledger or TRIALIST_HOME"
+            ) from error
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}:{uuid.uuid4().hex[:8]}"
+        self._engine = sa.create_engine(f"sqlite:///{self.path}", connect_args={"timeout": 60})
+        sa.event.listen(self._engine, "connect", _configure)
+        sa.event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        with self._errors():
+            self._prepare()
+
+    def _prepare(self) -> None:
+        with self._engine.begin() as connection:
+            _metadata.create_all(connection)
+            found = connection.execute(sa.select(_meta.c.value).where(_meta.c.key == "schema")).scalar()
+            if found is None:
+                connection.execute(_meta.insert().values(key="schema", value=str(SCHEMA)))
+            elif int(found) > SCHEMA:
+                raise LedgerError(
+                    f"the ledger {self.path} was written by a newer trialist (schema {found}, this one reads {SCHEMA}): "
+                    "update trialist, or choose another --ledger"
+                )
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sa.exc.DBAPIError as error:
+            raise LedgerError(f"the ledger {self.path} cannot be used: {error.orig}. {_way_out(str(error.orig))}") from error
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sa.Connection]:
+        with self._errors(), self._engine.begin() as connection:
+            yield connection
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    # -- configurations and summaries
+
+    def register(self, configuration: Configuration) -> None:
+        values = {**configuration.__dict__, "inputs": dict(configuration.inputs), "touched": time.time()}
+        with self._transaction() as connection:
+            present = connection.execute(
+                _configurations.update().where(_configurations.c.key == configuration.key).values(**values)
+            ).rowcount
+            if not present:
+                connection.execute(_configurations.insert().values(**values))
+
+    def configurations(self, trial: str | None = None) -> list[Configuration]:
+        """Last used first."""
+        query = sa.select(_configurations).order_by(_configurations.c.touched.desc())
+        if trial is not None:
+            query = query.where(_configurations.c.trial == trial)
+        with self._transaction() as connection:
+            rows = connection.execute(query).mappings().all()
+        return [Configuration(**{key: row[key] for key in Configuration.__dataclass_fields__}) for row in rows]
+
+    def store_summary(self, configuration: str, summary: Mapping[str, Any]) -> None:
+        values = {"word": summary["verdict"], "created": time.time(), "body": _squeeze(summary)}
+        with self._transaction() as connection:
+            query = _summaries.update().where(_summaries.c.configuration == configuration).values(**values)
+            if not connection.execute(query).rowcount:
+                connection.execute(_summaries.insert().values(configuration=configuration, **values))
+
+    def summary(self, configuration: str) -> dict[str, Any] | None:
+        with self._transaction() as connection:
+            body = connection.execute(
+                sa.select(_summaries.c.body).where(_summaries.c.configuration == configuration)
+            ).scalar()
+        return None if body is None else json.loads(zlib.decompress(body))
+
+    # -- runs
+
+    def enqueue(self, runs: Sequence[PlannedRun], *, accept_stale: bool = False, retry: bool = False) -> dict[str, str]:
+        """Stores the runs that are not there yet; returns planned id -> id of the row that answers for it.
+
+        A finished row of the same identity that ran with another source becomes stale, unless `accept_stale` takes it.
+        With `retry`, failed rows are queued again as a further attempt.
+        """
+        answers: dict[str, str] = {}
+        with self._transaction() as connection:
+            present: dict[str, list[Any]] = {}
+            for chunk in _chunks([run.identity for run in runs]):
+                query = sa.select(_runs.c.id, _runs.c.identity, _runs.c.source, _runs.c.status, _runs.c.ended)
+                for row in connection.execute(query.where(_runs.c.identity.in_(chunk))):
+                    present.setdefault(row.identity, []).append(row)
+            stale, fresh, again = [], [], []
+            for run in runs:
+                rows = present.get(run.identity, [])
+                same = [row for row in rows if row.source == run.source]
+                other = [row for row in rows if row.source != run.source and row.status in ("done", "diverged", "stale")]
+                if same:
+                    answers[run.id] = same[0].id
+                    if same[0].status == "failed" and retry:
+                        again.append(same[0].id)
+                elif accept_stale and other:
+                    answers[run.id] = max(other, key=lambda row: row.ended or 0.0).id
+                else:
+                    answers[run.id] = run.id
+                    fresh.append(run)
+                if answers[run.id] == run.id or same:
+                    stale.extend(row.id for row in other if row.status != "stale")
+            for chunk in _chunks(stale):
+                connection.execute(_runs.update().where(_runs.c.id.in_(chunk)).values(status="stale"))
+            for chunk in _chunks(again):
+                connection.execute(
+                    _runs.update()
+                    .where(_runs.c.id.in_(chunk))
+                    .values(status="queued", attempt=_runs.c.attempt + 1, error=None, traceback=None, owner=None)
+                )
+            now = time.time()
+            if fresh:
+                connection.execute(
+                    _runs.insert(),
+                    [{**run.__dict__, "options": dict(run.options), "status": "queued", "attempt": 1, "created": now} for run in fresh],
+                )
+        return answers
+
+    def claim(self, run: str) -> bool:
+        """Takes a run that is queued, or whose owner is gone. One transaction: two processes never both succeed."""
+        with self._transaction() as connection:
+            row = connection.execute(
+                sa.select(_runs.c.status, _runs.c.owner, _runs.c.lease_until).where(_runs.c.id == run)
+            ).one()
+            if row.status != "queued" and not (row.status == "running" and _abandoned(row.owner, row.lease_until)):
+                return False
+            now = time.time()
+            connection.execute(
+                _runs.update()
+                .where(_runs.c.id == run)
+                .values(status="running", owner=self.owner, lease_until=now + LEASE_SECONDS, started=now)
+            )
+        return True
+
+    def renew(self) -> None:
+        """Prolongs the leases of this process."""
+        with self._transaction() as connection:
+            connection.execute(
+                _runs.update()
+                .where(_runs.c.owner == self.owner, _runs.c.status == "running")
+                .values(lease_until=time.time() + LEASE_SECONDS)
+            )
+
+    def release(self, runs: Iterable[str]) -> None:
+        """Puts claimed runs back into the queue (a stop between runs, Ctrl-C)."""
+        with self._transaction() as connection:
+            connection.execute(
+                _runs.update()
+                .where(_runs.c.id.in_(list(runs)), _runs.c.owner == self.owner, _runs.c.status == "running")
+                .values(status="queued", owner=None, lease_until=None)
+            )
+
+    def finish(self, run: str, outcome: Outcome, measured: Mapping[str, float]) -> None:
+        """Stores outcome and state in one transaction."""
+        status = "done" if outcome.diverged is None else "diverged"
+        with self._transaction() as connection:
+            connection.execute(_outcomes.delete().where(_outcomes.c.run == run))
+            connection.execute(_outcomes.insert().values(run=run, body=_squeeze(outcome_to_json(outcome))))
+            self._end(connection, run, status=status, measured=dict(measured), error=None, traceback=None)
+
+    def fail(self, run: str, error: str, traceback: str | None, measured: Mapping[str, float]) -> None:
+        """Records an infrastructure failure (crash, time-out, out of memory); `--retry` runs it again."""
+        with self._transaction() as connection:
+            self._end(connection, run, status="failed", measured=dict(measured), error=error, traceback=traceback)
+
+    def _end(self, connection: sa.Connection, run: str, **values: Any) -> None:
+        connection.execute(
+            _runs.update().where(_runs.c.id == run).values(ended=time.time(), owner=None, lease_until=None, **values)
+        )
+
+    def statuses(self, runs: Sequence[str]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        with self._transaction() as connection:
+            for chunk in _chunks(runs):
+                query = sa.select(_runs.c.id, _runs.c.status).where(_runs.c.id.in_(chunk))
+                found.update({row.id: row.status for row in connection.execute(query)})
+        return found
+
+    def rows(self, *, trial: str | None = None, status: str | None = None) -> list[dict[str, Any]]:
+        """Light rows for listings, newest first: everything but the outcomes."""
+        columns = [column for column in _runs.c if column.name not in ("lease_until", "owner")]
+        query = sa.select(*columns, _configurations.c.preset).join(_configurations).order_by(_runs.c.created.desc(), _runs.c.id)
+        if trial is not None:
+            query = query.where(_runs.c.trial == trial)
+        if status is not None:
+            query = query.where(_runs.c.status == status)
+        with self._transaction() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    def row(self, run: str) -> dict[str, Any]:
+        """One row by its id or the beginning of it. Raises ValueError where none or several match."""
+        query = sa.select(*_runs.c).where(_runs.c.id.startswith(run, autoescape=True)).limit(3)
+        with self._transaction() as connection:
+            rows = [dict(row) for row in connection.execute(query).mappings()]
+        if not rows:
+            raise ValueError(f"no run {run!r} in {self.path}; `trialist runs` lists them")
+        if len(rows) > 1:
+            raise ValueError(f"several runs begin with {run!r}: {', '.join(row['id'] for row in rows)}; give more of the id")
+        return rows[0]
+
+    def records(self, runs: Sequence[str] | None = None, *, configuration: str | None = None) -> list[RunRecord]:
+        """Runs with their outcomes, by ids (in that order) or by configuration."""
+        query = sa.select(_runs, _outcomes.c.body).join(_outcomes, isouter=True)
+        found: dict[str, RunRecord] = {}
+        with self._transaction() as connection:
+            if runs is None:
+                rows = connection.execute(query.where(_runs.c.configuration == configuration)).mappings().all()
+            else:
+                rows = [
+                    row for chunk in _chunks(runs) for row in connection.execute(query.where(_runs.c.id.in_(chunk))).mappings()
+                ]
+        for row in rows:
+            body = row["body"]
+            found[row["id"]] = RunRecord(
+                id=row["id"],
+                trial=row["trial"],
+                arm=row["arm"],
+                setting=row["setting"],
+                seed=row["seed"],
+                status=row["status"],
+                outcome=None if body is None else outcome_from_json(json.loads(zlib.decompress(body))),
+                measured=row["measured"] or {},
+                options=row["options"],
+                purpose=row["purpose"],
+                attempt=row["attempt"],
+                error=row["error"],
+                traceback=row["traceback"],
+            )
+        return list(found.values()) if runs is None else [found[run] for run in runs]
+
+
+def refuse_network_file_system(path: Path) -> None:
+    """SQLite's locks do not hold over network file systems: two processes would corrupt the ledger."""
+    if not Path("/proc/mounts").exists():
+        return
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    resolved = str(existing.resolve())
+    best, kind = "", ""
+    for line in Path("/proc/mounts").read_text(errors="replace").splitlines():
+        fields = line.split(" ")
+        mount = fields[1].replace("\\040", " ")
+        if (resolved == mount or resolved.startswith(mount.rstrip("/") + "/")) and len(mount) >= len(best):
+            best, kind = mount, fields[2]
+    if kind in NETWORK_FILE_SYSTEMS:
+        raise LedgerError(
+            f"{path} lies on a network file system ({kind} at {best}), where SQLite's locks do not hold and a ledger can be "
+            "corrupted: choose a local place with --ledger or TRIALIST_HOME"
+        )
+
+
+def _configure(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # transactions are begun by the listener above, as BEGIN IMMEDIATE
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()
+
+
+def _way_out(message: str) -> str:
+    if "locked" in message:
+        return "Another program holds it; end that program or wait."
+    if "readonly" in message or "unable to open" in message:
+        return "Choose a writable place with --ledger or TRIALIST_HOME."
+    if "full" in message:
+        return "Free disk space, or choose another place with --ledger."
+    if "not a database" in message or "malformed" in message:
+        return "The file is damaged or no ledger; choose another --ledger."
+    return "Choose another place with --ledger."
+
+
+def _abandoned(owner: str | None, lease_until: float | None) -> bool:
+    """Whether the process that claimed a run is gone. On this machine its life decides, elsewhere its lease."""
+    if owner is None:
+        return True
+    host, pid, created, _ = owner.rsplit(":", 3)
+    if host == socket.gethostname():
+        try:
+            return f"{psutil.Process(int(pid)).create_time():.2f}" != created
+        except psutil.NoSuchProcess:
+            return True
+    return (lease_until or 0.0) < time.time()
+
+
+def _squeeze(document: Mapping[str, Any]) -> bytes:
+    return zlib.compress(json.dumps(document, allow_nan=False).encode(), 1)
+
+
+def _chunks(values: Sequence[str], size: int = 500) -> Iterator[list[str]]:
+    for start in range(0, len(values), size):
+        yield list(values[start : start + size])

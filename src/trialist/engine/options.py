@@ -1,0 +1,73 @@
+"""The options that every trial's `plan` and `run` take beside the trial's own inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    preset: str | None = None
+    """Size of the trial: demo, tiny, real, gpu or paper, as far as it has them (default: tiny, else the first)"""
+    seeds: int | None = None
+    """Replicates: training seeds (default: the preset's; 6 for your own model or data, 1 where items are the replicate)"""
+    seed_start: int = 0
+    """First seed"""
+    arms: tuple[str, ...] = ()
+    """Run these arms only (default: all)"""
+    margin: float | None = None
+    """Smallest effect worth having, in the endpoint's unit (default: the claim's)"""
+    endpoint: str | None = None
+    """Replace the claim's endpoint by another metric of the runs, `name` or `name:higher` or `name:lower`; needs --margin"""
+    tune: bool = False
+    """Tune all arms again, with equal tries (always on for your own model or data)"""
+    until_decided: bool = False
+    """Look at the verdict at the declared numbers of seeds and stop when it is decided"""
+    looks: str = "3,5,8"
+    """Numbers of seeds at which to look with --until-decided, or `any` for an anytime-valid interval"""
+    workers: int | None = None
+    """Runs at the same time, in processes of this machine (default: one a core, at most 4; one a GPU; 1 where time is measured)"""
+    on: str | None = None
+    """Run on a Ray cluster instead, for example ray://head:10001, or `local`; needs trialist[ray]"""
+    ledger: str | None = None
+    """The ledger file (default: .trialist/ledger.db below the current folder, or below TRIALIST_HOME)"""
+    output: str | None = None
+    """Where the HTML report goes (default: reports/ beside the ledger)"""
+    max_minutes: float | None = None
+    """Stop between runs after so many minutes; the same command goes on later"""
+    retry: bool = False
+    """Run failed runs again"""
+    accept_stale: bool = False
+    """Take results that an older source of the trial or its parts produced"""
+    keep_models: bool = False
+    """Keep the trained models (see `trialist export`)"""
+    save_evidence: str | None = None
+    """Write evidence/TRIAL/NAME.json; NAME is the preset's unless inputs were changed, then it must be given"""
+    yes: bool = False
+    """Do not ask before work of more than 30 minutes"""
+
+    def __post_init__(self) -> None:
+        for name, least in (("seeds", 1), ("workers", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, not {value}")
+        if self.seed_start < 0:
+            raise ValueError(f"--seed-start must be at least 0, not {self.seed_start}")
+        if self.margin is not None and not self.margin > 0:
+            raise ValueError(f"--margin must be > 0, not {self.margin}")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"--max-minutes must be > 0, not {self.max_minutes}")
+        if self.endpoint is not None and self.margin is None:
+            raise ValueError("--endpoint replaces the claim's endpoint, so --margin (smallest effect worth having) is required")
+
+    def look_points(self) -> tuple[int, ...] | None:
+        """Seeds at which to look; None for `any`."""
+        if self.looks == "any":
+            return None
+        try:
+            points = tuple(int(part) for part in self.looks.split(","))
+        except ValueError:
+            points = ()
+        if not points or list(points) != sorted(set(points)) or points[0] < 3:
+            raise ValueError(f"--looks takes rising numbers of seeds from 3 on, such as 3,5,8, or `any`; not {self.looks!r}")
+        return points

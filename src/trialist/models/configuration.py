@@ -1,0 +1,128 @@
+"""Configuration of the modular decoder: one decoder whose mixer, feed-forward and depth are chosen by name.
+
+The three registries map a name to `module:Class`, imported when a model is built. A new architecture adds a line here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+MIXERS = {
+    "full_attention": "trialist.models.attention:FullAttention",
+    "selective_attention": "trialist.models.selective_attention:SelectiveAttention",
+}
+"""`layer_types`: what mixes the tokens of a layer"""
+
+FEED_FORWARDS = {"swiglu": "trialist.models.decoder:SwiGLU"}
+"""`ffn_types`: what follows the mixer in a layer"""
+
+DEPTHS = {"stack": "trialist.models.decoder:Stack"}
+"""`depth`: how the layers are run"""
+
+
+def resolve(registry: Mapping[str, str], name: str) -> Any:
+    """The class that `registry` holds under `name`."""
+    module, attribute = registry[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _check(registry: Mapping[str, str], field: str, name: str) -> None:
+    if name not in registry:
+        near = difflib.get_close_matches(name, registry, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{field}: {name!r} is unknown.{hint} Known: {', '.join(sorted(registry))}")
+
+
+@strict
+class ModularDecoderConfig(PreTrainedConfig):
+    """A causal decoder: token embedding, `num_hidden_layers` blocks of mixer and feed-forward, RMSNorm, head.
+
+    `layer_types` and `ffn_types` name one mixer and one feed-forward a layer; None is `full_attention` and `swiglu`
+    everywhere, which is a Llama. Raises ValueError for an unknown name, a list of the wrong length and head counts that
+    do not divide.
+    """
+
+    model_type = "modular_decoder"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 256
+    """Width of the residual stream"""
+    intermediate_size: int = 704
+    """Inner width of the feed-forward"""
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    """Key/value heads, a divisor of `num_attention_heads`; None is as many as query heads"""
+    head_dim: int | None = None
+    """Width of one head, even; None is hidden_size / num_attention_heads"""
+    layer_types: list[str] | None = None
+    ffn_types: list[str] | None = None
+    depth: str = "stack"
+    norm_style: str = "pre"
+    """`pre`: x + f(norm(x)).  `sandwich`: norm(x + f(norm(x))), the stream itself is normalised (arXiv 2502.05171)"""
+    selective: dict | None = None
+    """Selective attention: `selector_head` (default 0) and `protect_bos` (default True)"""
+    max_position_embeddings: int = 2048
+    rope_parameters: dict | None = None
+    rms_norm_eps: float = 1e-6
+    attention_dropout: float = 0.0
+    attention_bias: bool = False
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights"""
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
+        if self.ffn_types is None:
+            self.ffn_types = ["swiglu"] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    def validate_layer_type(self) -> None:
+        """Every slot holds a known name and every layer has one."""
+        for field, registry in (("layer_types", MIXERS), ("ffn_types", FEED_FORWARDS)):
+            names = getattr(self, field) or []
+            for name in names:
+                _check(registry, field, name)
+            if len(names) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{field} names {len(names)} layers, num_hidden_layers is {self.num_hidden_layers}; give one "
+                    "name a layer"
+                )
+        _check(DEPTHS, "depth", self.depth)
+
+    def validate_architecture(self) -> None:
+        """Head counts and widths fit."""
+        heads, groups, width = self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        if groups is None or heads % groups:
+            raise ValueError(f"num_key_value_heads is {groups}; it must divide num_attention_heads, which is {heads}")
+        if width is None or width < 2 or width % 2:
+            raise ValueError(
+                f"head_dim is {width}; rotary embeddings need an even one. Without head_dim it is "
+                f"hidden_size / num_attention_heads = {self.hidden_size} / {heads}"
+            )
+        if self.norm_style not in ("pre", "sandwich"):
+            raise ValueError(f"norm_style is {self.norm_style!r}; choose 'pre' or 'sandwich'")
+        unknown = set(self.selective or {}) - {"selector_head", "protect_bos"}
+        if unknown:
+            raise ValueError(f"selective holds unknown keys {sorted(unknown)}; known are selector_head and protect_bos")
+        selector = (self.selective or {}).get("selector_head", 0)
+        if "selective_attention" in (self.layer_types or []) and not 0 <= selector < heads:
+            raise ValueError(
+                f"selective.selector_head is {selector}; it must be one of the {heads} heads (0 to {heads - 1})"
+            )

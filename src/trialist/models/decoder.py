@@ -1,0 +1,194 @@
+"""The modular decoder as Hugging Face model classes: embedding, blocks of mixer and feed-forward, norm, head.
+
+With `full_attention`, `swiglu`, `stack` and `norm_style="pre"` it computes what a Llama of the same sizes computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from trialist.models.attention import FullAttention
+from trialist.models.configuration import DEPTHS, FEED_FORWARDS, MIXERS, ModularDecoderConfig, resolve
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), arXiv 2002.05202."""
+
+    def __init__(self, config: ModularDecoderConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderBlock(GradientCheckpointingLayer):
+    """One mixer and one feed-forward, each in a residual branch; `norm_style` says where the norms stand."""
+
+    def __init__(self, config: ModularDecoderConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.layer_types is not None
+        assert config.ffn_types is not None
+        self.sandwich = config.norm_style == "sandwich"
+
+        def norm() -> nn.RMSNorm:
+            return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+        self.mixer_norm, self.ffn_norm = norm(), norm()
+        if self.sandwich:
+            self.mixer_stream_norm, self.ffn_stream_norm = norm(), norm()
+        self.mixer = resolve(MIXERS, config.layer_types[layer_idx])(config, layer_idx)
+        self.ffn = resolve(FEED_FORWARDS, config.ffn_types[layer_idx])(config, layer_idx)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        x = x + self.mixer(self.mixer_norm(x), **kwargs)[0]
+        if self.sandwich:
+            x = self.mixer_stream_norm(x)
+        x = x + self.ffn(self.ffn_norm(x))
+        return self.ffn_stream_norm(x) if self.sandwich else x
+
+
+class Stack(nn.ModuleList):
+    """Depth as a plain stack: every block once, in order."""
+
+    def __init__(self, config: ModularDecoderConfig) -> None:
+        super().__init__(DecoderBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        for block in self:
+            x = block(x, **kwargs)
+        return x
+
+
+class ModularDecoderPreTrainedModel(PreTrainedModel):
+    config: ModularDecoderConfig
+    config_class = ModularDecoderConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": DecoderBlock,
+        "attentions": OutputRecorder(FullAttention, index=1),
+    }
+
+
+class ModularDecoderModel(ModularDecoderPreTrainedModel):
+    """The decoder without a head; `last_hidden_state` is `(B, T, hidden_size)` after the final norm."""
+
+    def __init__(self, config: ModularDecoderConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = resolve(DEPTHS, config.depth)(config)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, hidden_size)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
+        if isinstance(attention_mask, dict):  # `generate` builds the masks itself where it compiles the decoding step
+            mask = next(iter(attention_mask.values()))
+        else:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=x,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        x = self.layers(
+            x,
+            attention_mask=mask,
+            position_embeddings=self.rotary_emb(x, position_ids=position_ids),
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+
+class ModularDecoderForCausalLM(ModularDecoderPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head, tied to the embedding unless the configuration says otherwise."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: ModularDecoderConfig) -> None:
+        super().__init__(config)
+        self.model = ModularDecoderModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class ModularDecoderForSequenceClassification(GenericForSequenceClassification, ModularDecoderPreTrainedModel):
+    """The decoder with a linear score of the last token that is not padding."""

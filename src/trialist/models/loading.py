@@ -1,0 +1,169 @@
+"""From what a user names as a model to a loaded model, and to a digest of its content."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
+
+from trialist.models.selective_attention import enable_selective_attention
+
+DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
+GGUF_ASSETS = ("smollm2-135m-instruct",)
+"""Assets that are causal language models in one GGUF file"""
+
+
+def load_model(model: str, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+    """A causal language model in evaluation mode from a Hub id, a local folder or a built-in asset name.
+
+    Selective attention that was enabled when a model was saved is enabled again. dtype is one of `DTYPES`; "auto" is
+    the saved one. Raises ValueError that says what is missing: no such folder, no config or weights in it, unknown Hub
+    id, or a Hub that cannot be reached; FileNotFoundError for an asset that was not fetched yet.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    source = model_source(model)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    except OSError as error:
+        raise ValueError(_unreachable(model, error)) from error
+    settings = getattr(loaded.config, "selective_attention", None)
+    if isinstance(settings, dict):
+        del loaded.config.selective_attention
+        enable_selective_attention(loaded, **settings)
+    return loaded.to(device).eval()
+
+
+def model_source(model: str) -> str:
+    """What `from_pretrained` takes for `model`: the folder of an asset's dense copy, a checked local folder, or the
+    Hub id."""
+    if model in GGUF_ASSETS:
+        return str(_dense_copy(model))
+    folder = Path(model).expanduser()
+    if folder.is_file():
+        raise ValueError(f"model {model!r} is a file; give the folder that save_pretrained wrote")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"model folder {model!r} has no config.json, so it holds no saved model (it holds: "
+                f"{_contents(folder)}); "
+                "give a folder that save_pretrained wrote, or a Hub id"
+            )
+        if not any(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"model folder {model!r} has no *.safetensors weights (it holds: {_contents(folder)}); save the "
+                "model with "
+                "save_pretrained; pickled weights are not loaded"
+            )
+        return str(folder)
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ValueError(f"model folder {model!r} does not exist")
+    return model
+
+
+def _contents(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    return (", ".join(names[:6]) + (", ..." if len(names) > 6 else "")) or "nothing"
+
+
+def _unreachable(model: str, error: OSError) -> str:
+    return (
+        f"model {model!r} could not be loaded: it is no local folder, no built-in name "
+        f"({', '.join(GGUF_ASSETS)}), and the "
+        f"Hugging Face Hub has no such model or cannot be reached from here ({str(error).strip().splitlines()[0]})"
+    )
+
+
+def _dense_copy(asset: str) -> Path:
+    """The GGUF model of an asset as a plain float32 folder, written once to the cache.
+
+    The object loaded from GGUF calls itself quantised and cannot be saved or trained as it is.
+    """
+    from trialist.data import assets
+
+    target = assets.cache_folder() / "dense" / f"{asset}-{assets.ASSETS[asset].sha256[:12]}"
+    if target.is_dir():
+        return target
+    files = sorted(assets.path(asset).rglob("*.gguf"))
+    if not files:
+        raise FileNotFoundError(f"asset {asset!r} holds no .gguf file; run: trialist assets fetch {asset}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{asset}-", dir=target.parent))
+    try:
+        folder, name = str(files[0].parent), files[0].name
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        config = type(model.config).from_dict(model.config.to_dict())
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        dense.load_state_dict(model.state_dict())
+        dense.generation_config = model.generation_config
+        dense.save_pretrained(staging)
+        AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(staging)
+        try:
+            staging.rename(target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was faster, with the same content
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def model_digest(model: str) -> str:
+    """What identifies the content of `model`: `sha256:...` of a local folder or asset, `commit:...` of a Hub id.
+
+    A folder's digest covers its config.json and every tensor's name, dtype, shape and bytes, so a model split over
+    other files keeps it. Raises the errors of `load_model`.
+    """
+    from trialist.data import assets
+
+    if model in GGUF_ASSETS:
+        return f"sha256:{assets.ASSETS[model].sha256}"
+    source = model_source(model)
+    if not Path(source).is_dir():
+        return f"commit:{_commit(model)}"
+    files = sorted(Path(source).glob("*.safetensors")) + sorted(Path(source).glob("*config.json"))
+    return "sha256:" + _folder_digest(
+        tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files)
+    )
+
+
+def _commit(model: str) -> str:
+    try:
+        config = cached_file(model, "config.json")
+    except OSError as error:
+        raise ValueError(_unreachable(model, error)) from error
+    parts = Path(str(config)).parts  # .../snapshots/<commit>/config.json
+    return parts[parts.index("snapshots") + 1]
+
+
+@functools.lru_cache(maxsize=32)
+def _folder_digest(files: tuple[tuple[str, int, int], ...]) -> str:
+    """Digest of the given files; their times and sizes are part of the cache's key only."""
+    entries = []
+    for name, _, _ in files:
+        if name.endswith(".json"):
+            entries.append((os.path.basename(name), hashlib.sha256(Path(name).read_bytes()).hexdigest()))
+            continue
+        with safe_open(name, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  (not a dict)
+                tensor = tensors.get_tensor(key).contiguous()
+                digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+                digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+                entries.append((key, digest.hexdigest()))
+    return hashlib.sha256(repr(sorted(entries)).encode()).hexdigest()
+
+
+def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:
+    """Number of parameters, tied ones once; with `trainable`, of those that require a gradient."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trainable)
