@@ -43,7 +43,10 @@ def plugin_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    lines = [f"[{group}]\n" + "\n".join(f"{k} = {v}" for k, v in names.items()) for group, names in project["entry-points"].items()]
+    lines = [
+        f"[{group}]\n" + "\n".join(f"{k} = {v}" for k, v in names.items())
+        for group, names in project["entry-points"].items()
+    ]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
     return folder
 

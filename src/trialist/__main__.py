@@ -1,6 +1,6 @@
 """`python -m trialist` is `trialist`."""
 
-from trialist.cli import main
+from trialist.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

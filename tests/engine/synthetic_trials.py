@@ -52,10 +52,23 @@ def effect(control: str, value: float | None, half: float | None, n: int = 6, **
     return Effect(control=control, effect=value, low=spread[0], high=spread[1], n=n, **{**given, **more})
 
 
-def run(arm: str, seed: int, value: float | None, setting: str = "main", *, curve: bool = True, seconds: float = 60.0, **more: Any) -> RunRecord:
+def run(
+    arm: str,
+    seed: int,
+    value: float | None,
+    setting: str = "main",
+    *,
+    curve: bool = True,
+    seconds: float = 60.0,
+    **more: Any,
+) -> RunRecord:
     """A finished run whose curve falls towards `value`."""
     noise = random.Random(f"{arm} {seed} {setting}")
-    points = tuple((i * 4096.0, value + 5 * 0.82**i + noise.gauss(0, 0.01)) for i in range(1, 41)) if curve and value is not None else ()
+    points = (
+        tuple((i * 4096.0, value + 5 * 0.82**i + noise.gauss(0, 0.01)) for i in range(1, 41))
+        if curve and value is not None
+        else ()
+    )
     outcome = Outcome(
         metrics={} if value is None else {"bits_per_byte": value},
         curves={"bits_per_byte": points} if points else {},
@@ -64,12 +77,23 @@ def run(arm: str, seed: int, value: float | None, setting: str = "main", *, curv
         **(more.pop("outcome", None) or {}),
     )
     failed = more.get("status") == "failed"
-    given: dict[str, Any] = dict(status="done", outcome=None if failed else outcome, measured={"wall_seconds": seconds, "cpu_seconds": seconds * 0.97, "peak_bytes": 7.1e8})
-    return RunRecord(f"{arm}-{setting}-{seed}".replace(" ", "_"), "selective-attention", arm, setting, seed, **{**given, **more})
+    given: dict[str, Any] = dict(
+        status="done",
+        outcome=None if failed else outcome,
+        measured={"wall_seconds": seconds, "cpu_seconds": seconds * 0.97, "peak_bytes": 7.1e8},
+    )
+    return RunRecord(
+        f"{arm}-{setting}-{seed}".replace(" ", "_"), "selective-attention", arm, setting, seed, **{**given, **more}
+    )
 
 
 ARMS = (
-    Arm("standard attention", "control", about="softmax attention, everything else equal", options=dict(attention="full", heads=4)),
+    Arm(
+        "standard attention",
+        "control",
+        about="softmax attention, everything else equal",
+        options=dict(attention="full", heads=4),
+    ),
     Arm("standard attention, twice the heads", "control", options=dict(attention="full", heads=8)),
     Arm("selective attention", "treatment", options=dict(attention="selective", heads=4)),
     Arm("standard attention", "control", "shuffled bytes", null=True, options=dict(attention="full", heads=4)),
@@ -84,7 +108,9 @@ CENTRES = {
 }
 
 
-def runs(seeds: int = 6, centres: dict[tuple[str, str], float] = CENTRES, noise: float = 0.02, curve: bool = True) -> list[RunRecord]:
+def runs(
+    seeds: int = 6, centres: dict[tuple[str, str], float] = CENTRES, noise: float = 0.02, curve: bool = True
+) -> list[RunRecord]:
     found = []
     for (setting, arm), centre in centres.items():
         for seed in range(seeds):
@@ -97,8 +123,8 @@ def runs(seeds: int = 6, centres: dict[tuple[str, str], float] = CENTRES, noise:
 SUPPORTED = Verdict(
     word="supported",
     reason="Against every control the lower bound is above 0 and the estimate reaches the margin.",
-    sentence="Over training seeds, on the standard library's text, selective attention lowers bits per byte by 0.265, at least 0.251, "
-    "against standard attention with twice the heads.",
+    sentence="Over training seeds, on the standard library's text, selective attention lowers bits per byte by 0.265, "
+    "at least 0.251, against standard attention with twice the heads.",
     advice="Use it: the gain is thirteen times the margin, for 1.22 times the training time.",
     trial="selective-attention",
     treatment="selective attention",
@@ -115,33 +141,62 @@ SUPPORTED = Verdict(
 )
 
 
-def document(verdict: Verdict = SUPPORTED, records: list[RunRecord] | None = None, arms: tuple[Arm, ...] = ARMS, trial: Trial | None = None, **more: Any) -> dict[str, Any]:
+def document(
+    verdict: Verdict = SUPPORTED,
+    records: list[RunRecord] | None = None,
+    arms: tuple[Arm, ...] = ARMS,
+    trial: Trial | None = None,
+    **more: Any,
+) -> dict[str, Any]:
     given: dict[str, Any] = dict(
         inputs={"model": "modular-decoder", "data": "python-stdlib", "steps": 200, "learning_rate": 3e-3},
         versions={"python": "3.11.9", "trialist": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
-        hardware={"processor": "AMD EPYC 7B13", "cores": 2, "memory_gib": 7.7, "accelerators": [], "system": "Linux x86_64"},
+        hardware={
+            "processor": "AMD EPYC 7B13",
+            "cores": 2,
+            "memory_gib": 7.7,
+            "accelerators": [],
+            "system": "Linux x86_64",
+        },
         command="trialist run selective-attention --preset tiny --seeds 6 --save-evidence",
         date="2026-08-01",
-        tuning={"tries": 6, "metric": "validation_bits_per_byte", "seeds": [1001, 1002], "chosen": {"selective attention": {"learning_rate": 0.003}}},
+        tuning={
+            "tries": 6,
+            "metric": "validation_bits_per_byte",
+            "seeds": [1001, 1002],
+            "chosen": {"selective attention": {"learning_rate": 0.003}},
+        },
         margin=None,
         endpoint=None,
         full_trial_command=None,
         stages=[],
     )
     records = runs() if records is None else records
-    return summarize(trial or SelectiveTrial(), verdict.trial, more.pop("preset", "tiny"), arms, records, verdict, **{**given, **more})
+    return summarize(
+        trial or SelectiveTrial(),
+        verdict.trial,
+        more.pop("preset", "tiny"),
+        arms,
+        records,
+        verdict,
+        **{**given, **more},
+    )
 
 
 def contradicted() -> dict[str, Any]:
     """Worse than one control; one negative control undecided; ten controls with long names."""
-    names = [f"control number {i} whose name goes on about what it keeps equal and what it does not" for i in range(1, 9)]
+    names = [
+        f"control number {i} whose name goes on about what it keeps equal and what it does not" for i in range(1, 9)
+    ]
     arms = (*[Arm(name, "control") for name in names], Arm("selective attention", "treatment"))
-    centres = {("main", name): 3.1 + 0.012 * i for i, name in enumerate(names)} | {("main", "selective attention"): 3.15}
+    centres = {("main", name): 3.1 + 0.012 * i for i, name in enumerate(names)} | {
+        ("main", "selective attention"): 3.15
+    }
     verdict = dataclasses.replace(
         SUPPORTED,
         word="contradicted",
         reason=f"Against {names[0]} the interval excludes 0 the other way and the estimate is worse by more than the margin.",
-        sentence="Over training seeds, selective attention raises bits per byte by 0.050 against the strongest control, at least 0.029.",
+        sentence="Over training seeds, selective attention raises bits per byte by 0.050, at least 0.029.",
         advice="Do not use it at this scale.",
         effects=tuple(effect(name, -0.05 + 0.012 * i, 0.021 + 0.002 * i) for i, name in enumerate(names)),
         null_effects=(),
@@ -149,7 +204,9 @@ def contradicted() -> dict[str, Any]:
         cost_equivalent=None,
         trial="selective-attention-with-a-rather-long-name",
     )
-    return document(verdict, runs(6, centres), arms, full_trial_command="trialist run selective-attention --preset tiny --seeds 6")
+    return document(
+        verdict, runs(6, centres), arms, full_trial_command="trialist run selective-attention --preset tiny --seeds 6"
+    )
 
 
 def inconclusive() -> dict[str, Any]:
@@ -157,26 +214,67 @@ def inconclusive() -> dict[str, Any]:
         SUPPORTED,
         word="inconclusive",
         reason="Undecided: bits per byte against standard attention, twice the heads.",
-        sentence="Over training seeds, 3 seeds cannot tell whether selective attention lowers bits per byte by 0.02 against every control.",
+        sentence="Over training seeds, 3 seeds cannot tell whether selective attention lowers bits per byte by 0.02.",
         advice="Run 4 more seeds (about 9 minutes).",
         effects=(
             effect("standard attention", 0.031, 0.052, n=3),
-            effect("standard attention, twice the heads", None, None, n=3, reason="the three differences are equal bit for bit"),
+            effect(
+                "standard attention, twice the heads",
+                None,
+                None,
+                n=3,
+                reason="the three differences are equal bit for bit",
+            ),
         ),
         more_seeds=4,
         trial="selective-recall",
     )
     centres = CENTRES | {("main", "selective attention"): 3.39}
-    return document(verdict, runs(3, centres, noise=0.05), full_trial_command="trialist run selective-recall --preset tiny --seeds 6", preset="demo")
+    return document(
+        verdict,
+        runs(3, centres, noise=0.05),
+        full_trial_command="trialist run selective-recall --preset tiny --seeds 6",
+        preset="demo",
+    )
 
 
 def void() -> dict[str, Any]:
     """One run failed, two diverged, one without a value."""
-    records = [record for record in runs() if (record.arm, record.setting, record.seed) not in {("standard attention", "main", 4), ("selective attention", "main", 1), ("selective attention", "main", 2), ("selective attention", "main", 5)}]
+    records = [
+        record
+        for record in runs()
+        if (record.arm, record.setting, record.seed)
+        not in {
+            ("standard attention", "main", 4),
+            ("selective attention", "main", 1),
+            ("selective attention", "main", 2),
+            ("selective attention", "main", 5),
+        }
+    ]
     records += [
-        run("standard attention", 4, None, status="failed", error="MemoryError: worker used 7.9 GiB of 7.7 GiB", traceback="Traceback (most recent call last):\n  File \"<trial>\", line 3, in run\nMemoryError"),
-        run("selective attention", 1, float("nan"), curve=False, status="diverged", outcome=dict(diverged="loss NaN at step 37")),
-        run("selective attention", 2, 9.0, status="diverged", outcome=dict(diverged="loss 9.0 above its start 8.0 at step 200")),
+        run(
+            "standard attention",
+            4,
+            None,
+            status="failed",
+            error="MemoryError: worker used 7.9 GiB of 7.7 GiB",
+            traceback='Traceback (most recent call last):\n  File "<trial>", line 3, in run\nMemoryError',
+        ),
+        run(
+            "selective attention",
+            1,
+            float("nan"),
+            curve=False,
+            status="diverged",
+            outcome=dict(diverged="loss NaN at step 37"),
+        ),
+        run(
+            "selective attention",
+            2,
+            9.0,
+            status="diverged",
+            outcome=dict(diverged="loss 9.0 above its start 8.0 at step 200"),
+        ),
         run("selective attention", 5, None),
     ]
     verdict = dataclasses.replace(
@@ -199,8 +297,24 @@ def non_inferior() -> dict[str, Any]:
     records = []
     for arm, rate in (("full cache", 0.52), ("random eviction", 0.2), ("key norm", 0.515)):
         scores = tuple(float(noise.random() < rate) for _ in ids)
-        outcome = Outcome({"accuracy": 100 * sum(scores) / 200, "format": 0.9}, {"accuracy": Items(ids, scores)}, {}, Cost(generated_tokens=51_200))
-        records.append(RunRecord(f"run-{arm}", "key-norm", arm, "main", 0, "done", outcome, {"wall_seconds": 400.0, "peak_bytes": 2e9 if arm == "full cache" else 1.2e9}))
+        outcome = Outcome(
+            {"accuracy": 100 * sum(scores) / 200, "format": 0.9},
+            {"accuracy": Items(ids, scores)},
+            {},
+            Cost(generated_tokens=51_200),
+        )
+        records.append(
+            RunRecord(
+                f"run-{arm}",
+                "key-norm",
+                arm,
+                "main",
+                0,
+                "done",
+                outcome,
+                {"wall_seconds": 400.0, "peak_bytes": 2e9 if arm == "full cache" else 1.2e9},
+            )
+        )
     common = dict(endpoint="accuracy", margin=1.0, method="BCa over 200 items")
     verdict = Verdict(
         "supported",

@@ -60,10 +60,12 @@ def test_finished_runs_are_not_run_again(coins):
 
 
 def test_arms_of_one_seed_share_their_random_numbers(coins):
-    ledger, tasks = start()
+    ledger, tasks = start(hand=0.0)
     work_through(ledger, tasks)
     found = outcomes(ledger)
-    assert found["fair", "table", 0].metrics == found["old", "table", 0].metrics == found["weighted", "glued", 0].metrics
+    assert (
+        found["fair", "table", 0].metrics == found["old", "table", 0].metrics == found["weighted", "glued", 0].metrics
+    )
     difference = found["weighted", "table", 0].metrics["heads"] - found["fair", "table", 0].metrics["heads"]
     assert difference == pytest.approx(0.2, abs=1e-12)
 
@@ -128,7 +130,6 @@ def test_an_interrupt_puts_running_runs_back_into_the_queue(coins):
         execute(ledger, tasks, backend, interrupt)
     backend.close()
     assert {row["status"] for row in ledger.rows()} == {"queued"}
-
 
 
 @pytest.mark.parametrize("after", [0.4, 0.9, 1.5])

@@ -52,7 +52,9 @@ def test_identity_follows_the_content_of_a_file_and_not_its_name(coins, tmp_path
 def test_identity_differs_by_arm(coins, other):
     trial = load_trial("coins")()
     inputs = inputs_by_content(trial)
-    assert run_identity("coins", trial, inputs, other, 0) != run_identity("coins", trial, inputs, Arm("fair", "control"), 0)
+    assert run_identity("coins", trial, inputs, other, 0) != run_identity(
+        "coins", trial, inputs, Arm("fair", "control"), 0
+    )
 
 
 @pytest.fixture

@@ -129,7 +129,9 @@ def test_a_read_only_folder_is_said_in_words(tmp_path, monkeypatch):
 def test_a_network_file_system_is_refused_with_its_name(tmp_path, monkeypatch):
     read = module.Path.read_text
     table = f"server:/x {tmp_path} nfs4 rw 0 0\n/dev/a / ext4 rw 0 0\n"
-    monkeypatch.setattr(module.Path, "read_text", lambda self, **k: table if str(self) == "/proc/mounts" else read(self, **k))
+    monkeypatch.setattr(
+        module.Path, "read_text", lambda self, **k: table if str(self) == "/proc/mounts" else read(self, **k)
+    )
     with pytest.raises(LedgerError, match="nfs4"):
         refuse_network_file_system(tmp_path / "ledger.db")
 

@@ -39,8 +39,10 @@ class CoinsTrial(Trial):
     """Whether the arms have a knob to tune"""
     crash: str = ""
     """Arm that crashes: `ARM` raises, `ARM:kill` dies by a signal, `ARM:hang` falls silent, `ARM:diverge` diverges"""
+    hand: float = 0.01
+    """Standard deviation between throwers: noise that arms do not share"""
     seconds: float = 0.0
-    """How long a run takes"""
+    """Seconds that a run takes"""
 
     def check(self) -> None:
         if self.data != "mint" and not Path(self.data).is_file():
@@ -72,11 +74,15 @@ class CoinsTrial(Trial):
         fair = 0.5 if self.data == "mint" else float(Path(self.data).read_text().split()[0])
         bias = 0.0 if arm.setting == "glued" else arm["bias"]
         generator = np.random.default_rng(context.stream("throws"))
+        thrower = np.random.default_rng(context.stream(f"hand of {arm.name} at the {arm.setting}"))
         worth = fair + bias - arm["spin"] + 0.02 * generator.standard_normal(self.throws)
+        worth = worth + self.hand * thrower.standard_normal()
         for part in range(1, 11):
             time.sleep(self.seconds / 10)
             context.progress(part * self.throws / 10, self.throws, {"heads": float(worth.mean())})
-        curve = tuple((float(n), float(worth[:n].mean())) for n in range(10, self.throws + 1, max(10, self.throws // 10)))
+        curve = tuple(
+            (float(n), float(worth[:n].mean())) for n in range(10, self.throws + 1, max(10, self.throws // 10))
+        )
         return Outcome(
             metrics={"heads": float(worth.mean()), "longest_streak": 3.0, "practice_heads": float(worth[:10].mean())},
             items={"heads": Items(tuple(str(i) for i in range(self.throws)), tuple(worth.tolist()))},

@@ -12,28 +12,28 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCABULARY = 61
 
 
+def tiny_llama(seed: int = 0, **options: object) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **options}))
+
+
 @pytest.fixture
 def llama() -> Callable[..., LlamaForCausalLM]:
-    def make(seed: int = 0, **options: object) -> LlamaForCausalLM:
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=24,
-            intermediate_size=40,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            **options,
-        )
-        return LlamaForCausalLM(config)
-
-    return make
+    return tiny_llama
 
 
 @pytest.fixture
 def batches() -> Callable[[int], dict[str, Tensor]]:
-    """Three rows of eleven tokens; row r of batch i has (i + r) % 4 tokens of padding, and prompts that do not count."""
+    """Three rows of eleven tokens; row r of batch i ends in (i + r) % 4 tokens of padding; prompts do not count."""
 
     def batch(index: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(1000 + index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import field, make_dataclass
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +31,9 @@ def parse_trial(verb: str, arguments: Sequence[str]) -> tuple[str, dict[str, Any
     arguments = list(arguments)
     if not arguments or arguments[0].startswith("-"):
         if arguments and arguments[0] in ("-h", "--help"):
-            print(f"usage: trialist {verb} NAME [options]\n\n`trialist {verb} NAME --help` shows the options of a trial.")
+            print(
+                f"usage: trialist {verb} NAME [options]\n\n`trialist {verb} NAME --help` shows the options of a trial."
+            )
             raise SystemExit(0)
         raise ValueError(f"which trial? `trialist {verb} NAME`; `trialist list` shows all")
     name, rest = arguments[0], fill_optional_value(arguments[1:], "--save-evidence")
@@ -41,16 +43,21 @@ def parse_trial(verb: str, arguments: Sequence[str]) -> tuple[str, dict[str, Any
     flat = tyro.conf.OmitArgPrefixes
     both = make_dataclass(
         "Arguments",
-        [("inputs", flat[cls], field(default=defaults)), ("options", flat[RunOptions], field(default=RunOptions(preset=preset)))],  # type: ignore[misc]
+        [
+            ("inputs", flat[cls], field(default=defaults)),
+            ("options", flat[RunOptions], field(default=RunOptions(preset=preset))),
+        ],  # type: ignore[misc]
     )
     both.__doc__ = describe(cls, preset)
-    parsed = parse(both, f"{verb} {name}", rest)
-    fields = {key: getattr(parsed.inputs, key) for key in cls.__dataclass_fields__}
-    return name, fields, parsed.options
+    parsed: Any = parse(both, f"{verb} {name}", rest)
+    values = {key: getattr(parsed.inputs, key) for key in (entry.name for entry in fields(cls))}
+    return name, values, parsed.options
 
 
 def describe(cls: type[Trial], preset: str) -> str:
-    presets = ", ".join(f"{name} ({about})" if (about := entry.get("about")) else name for name, entry in presets_of(cls).items())
+    presets = ", ".join(
+        f"{name} ({about})" if (about := entry.get("about")) else name for name, entry in presets_of(cls).items()
+    )
     return f"{(cls.__doc__ or '').strip()}\n\n{cls.claim.statement} ({cls.claim.source})\nPresets: {presets}. Defaults below: {preset}."
 
 

@@ -29,7 +29,9 @@ def main(arguments: Sequence[str]) -> int:
 
     if options.action != "list":
         if options.name is None:
-            raise ValueError(f"which asset? `trialist assets {options.action} NAME`; there is {', '.join(assets.ASSETS)}")
+            raise ValueError(
+                f"which asset? `trialist assets {options.action} NAME`; there is {', '.join(assets.ASSETS)}"
+            )
         folder = assets.fetch(options.name) if options.action == "fetch" else assets.path(options.name)
         console().print(str(folder), markup=False)
         return 0

@@ -36,7 +36,12 @@ def main(arguments: Sequence[str]) -> int:
     from trialist.engine.compare import compare_files, render_comparison
 
     result = compare_files(
-        options.a, options.b, metric=options.metric, better=options.better, margin=options.margin, cluster=options.cluster
+        options.a,
+        options.b,
+        metric=options.metric,
+        better=options.better,
+        margin=options.margin,
+        cluster=options.cluster,
     )
     if options.json:
         print_json(result)

@@ -38,6 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     def agree(question: str) -> bool:
         return options.yes or (sys.stdin.isatty() and ask(progress, question))
 
-    folder = export(ledger_path(options.ledger), options.run, options.to, agree, lambda text: progress.print(text, highlight=False))
+    folder = export(
+        ledger_path(options.ledger), options.run, options.to, agree, lambda text: progress.print(text, highlight=False)
+    )
     console().print(str(folder), markup=False)
     return 0

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trialist.cli._arguments import console, parse, print_json
 from trialist.engine.registry import load_path, trial_paths
@@ -23,7 +24,7 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(Options, "list", arguments)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, path in trial_paths().items():
         trial = load_path(path)
         rows.append(

@@ -62,5 +62,9 @@ def _detectable(plan: dict) -> str:
             f"{plan['detectable_in_sd']:.2f} standard deviations of the difference between arms (80 % power); {margin}; "
             "earlier runs will tell the standard deviation"
         )
-    verdict = "enough" if plan["margin"] and plan["detectable_effect"] <= plan["margin"] else "larger than the margin: take more seeds"
+    verdict = (
+        "enough"
+        if plan["margin"] and plan["detectable_effect"] <= plan["margin"]
+        else "larger than the margin: take more seeds"
+    )
     return f"{plan['detectable_effect']:.3g} in {plan['endpoint']} (80 % power, spread of earlier runs); {margin}: {verdict}"

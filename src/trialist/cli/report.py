@@ -50,7 +50,8 @@ def main(arguments: Sequence[str]) -> int:
     else:
         if not summaries:
             raise ValueError(f"no verdict in {path} yet; `trialist run NAME` makes one")
-        text, stem = render_index(summaries, options.format), "index"
+        links = {(s["trial"], s["preset"]): f"{s['trial']}-{s['preset']}.html" for s in summaries}
+        text, stem = render_index(summaries, options.format, links), "index"
     if options.output == "-" or (options.output is None and options.format != "html"):
         sys.stdout.write(text + ("" if text.endswith("\n") else "\n"))
         return 0

@@ -39,7 +39,10 @@ def main(arguments: Sequence[str]) -> int:
     if result.summary.get("full_trial_command"):
         out.print(f"\nThis was the demo. The full trial:\n  {result.summary['full_trial_command']}", markup=False)
     if result.failed:
-        out.print(f"\n{result.failed} runs failed; `trialist runs --status failed --errors` shows why, --retry runs them again", markup=False)
+        out.print(
+            f"\n{result.failed} runs failed; `trialist runs --status failed --errors` shows why, --retry runs them again",
+            markup=False,
+        )
     return 1 if result.failed else 0
 
 
@@ -51,20 +54,28 @@ def print_verdict(out: Console, name: str, preset: str, summary: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from trialist.engine import wording
+
     word = summary["verdict"]
     out.print(Text.assemble((f" {word.upper()} ", STYLES[word]), f"  {name}, preset {preset}"))
     out.print(f"\n{summary['sentence']}\n{summary['advice']}\n", markup=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("setting", "endpoint", "against", "effect", "95 % interval", "margin", "n"):
         table.add_column(column, justify="left" if column in ("setting", "endpoint", "against") else "right")
-    for effect in [*summary["effects"], *summary["guards"], *summary.get("other_settings", []), *summary["null_effects"]]:
+    for effect in [
+        *summary["effects"],
+        *summary["guards"],
+        *summary.get("other_settings", []),
+        *summary["null_effects"],
+    ]:
         value, low, high = (effect.get(key) for key in ("effect", "low", "high"))
-        interval = "undefined" if low is None or high is None else f"{low:.4g} to {high:.4g}"
+        places = wording.effect_decimals(effect)
+        interval = "undefined" if None in (low, high) else f"{wording.signed(low, places)} to {wording.signed(high, places)}"
         table.add_row(
             str(effect.get("setting", "")),
             str(effect.get("endpoint", summary["endpoint"])),
             effect["control"],
-            "undefined" if value is None else f"{value:+.4g}",
+            wording.signed(value, places),
             interval,
             f"{effect['margin']:g}" if effect.get("margin") else "",
             str(effect["n"]),

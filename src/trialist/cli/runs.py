@@ -73,7 +73,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.errors:
         for row in rows:
             if row["error"]:
-                out.print(f"\n[bold]{row['id']}[/bold] {row['trial']} · {row['setting']} · {row['arm']} · seed {row['seed']}")
+                out.print(
+                    f"\n[bold]{row['id']}[/bold] {row['trial']} · {row['setting']} · {row['arm']} · seed {row['seed']}"
+                )
                 out.print(row["traceback"] or row["error"], markup=False)
     return 0
 

@@ -50,15 +50,23 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     out = console()
     out.print(f"[bold]{options.name}[/bold]: {document['question']}")
-    out.print(f"\n[bold]Claim[/bold]    {claim.statement}\n[bold]Source[/bold]   {claim.source}\n[bold]Reported[/bold] {claim.reported}")
-    for kind, endpoints in (("Endpoint", (claim.endpoint, *claim.co_primary)), ("Guard", claim.guards), ("Also", claim.secondary)):
+    out.print(
+        f"\n[bold]Claim[/bold]    {claim.statement}\n[bold]Source[/bold]   {claim.source}\n[bold]Reported[/bold] {claim.reported}"
+    )
+    for kind, endpoints in (
+        ("Endpoint", (claim.endpoint, *claim.co_primary)),
+        ("Guard", claim.guards),
+        ("Also", claim.secondary),
+    ):
         for endpoint in endpoints:
             margin = f", margin {endpoint.margin:g}" if endpoint.margin else ""
             unit = f" in {endpoint.unit}" if endpoint.unit else ""
             out.print(f"[bold]{kind:<9}[/bold]{endpoint.name}{unit}, {endpoint.better} is better{margin}")
     out.print(f"[bold]Equal[/bold]    {trial.budget.unit} (measured), tolerance {trial.budget.tolerance:.0%}")
     if trial.tuning:
-        out.print(f"[bold]Tuning[/bold]   {trial.tuning.tries} tries an arm on {trial.tuning.metric.name}, seeds {trial.tuning.seeds}")
+        out.print(
+            f"[bold]Tuning[/bold]   {trial.tuning.tries} tries an arm on {trial.tuning.metric.name}, seeds {trial.tuning.seeds}"
+        )
     out.print(f"\n[bold]Arms[/bold] (preset {preset})")
     for arm in trial.arms():
         null = ", null: here the benefit must vanish" if arm.null else ""

@@ -32,14 +32,22 @@ def main(arguments: Sequence[str]) -> int:
     from trialist.engine.repeat import verify
 
     progress = Console(stderr=True)
-    result = verify(ledger_path(options.ledger), options.run, options.tolerance, lambda text: progress.print(text, highlight=False))
+    result = verify(
+        ledger_path(options.ledger), options.run, options.tolerance, lambda text: progress.print(text, highlight=False)
+    )
     if options.json:
         print_json(result)
     else:
         for difference in result["differences"]:
-            console().print(f"{difference['what']}: stored {difference['stored']}, now {difference['now']}", markup=False)
+            console().print(
+                f"{difference['what']}: stored {difference['stored']}, now {difference['now']}", markup=False
+            )
         equal = f"equal: {result['compared']} numbers of run {result['run']} came out the same"
-        console().print(equal if not result["differences"] else f"{len(result['differences'])} of {result['compared']} numbers differ")
+        console().print(
+            equal
+            if not result["differences"]
+            else f"{len(result['differences'])} of {result['compared']} numbers differ"
+        )
         if result["source_changed"]:
             console().print("the source of the trial or its parts has changed since that run")
     return 1 if result["differences"] else 0

@@ -1,7 +1,8 @@
 """Training, validation and test documents without leakage: by content hash, near-duplicates and modules kept together.
 
 Near-duplicates are found by MinHash with one permutation (Li, Owen, Zhang 2012; empty bins filled by rotation,
-Shrivastava and Li 2014) over hashed 16-byte shingles and locality-sensitive hashing, linear in the text.
+Shrivastava and Li 2014) over the 16-byte
+shingles of the text in lower case with white space collapsed, and locality-sensitive hashing; linear in the text.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from scipy.sparse.csgraph import connected_components
 from trialist.data.corpora import Documents, load_documents, split_names, stdlib_module
 
 FEW_TEST_ITEMS = 100
-SHINGLE_DOUBLINGS = 4
-"""Shingles are 2**4 = 16 bytes of the text in lower case with white space collapsed"""
+OVERSHOOT = 1.25
+"""A group enters a held-out split that it fills to at most this multiple of its share"""
+GAP = bytes(16)
+"""Stands behind each text, so that no shingle of 16 bytes reaches into the next"""
 BINS = 64
 BAND = 4
 """Signature bins per band: two texts are compared where a band of four agrees"""
@@ -26,8 +29,8 @@ SIMILAR = 0.7
 """Share of equal bins, an estimate of the Jaccard similarity of the shingle sets, from which texts are near-duplicates"""
 TEMPLATED = 0.1
 """A near-duplicate group beyond this share of the documents is a common template, not a set of copies"""
-CHUNK = 1 << 21
-"""Characters whose shingles are hashed at a time"""
+CHUNK = 1 << 18
+"""Bytes whose shingles are hashed at a time: the arrays stay in the cache"""
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,8 @@ def split_documents(
     """Deterministic split, a function of the contents alone (not of their order or ids).
 
     Near-duplicates, and documents of one group, stay in one split. Groups go to test, then validation, then training in the
-    order of their hash until each has its share of the documents; a group too large for what is left of test or
-    validation goes to training.
+    order of their hash until each has its share of the documents; a group too large for what is left of its share
+    is passed on, in the end to training.
     groups: one key a document; by default the top-level module for `python-stdlib`, else none.
     Raises ValueError when a split would be empty.
     """
@@ -108,9 +111,8 @@ def split_documents(
     if groups is None and documents.source == "python-stdlib":
         groups = [stdlib_module(name) for name in documents.ids]
     group_of, notes = _groups(documents, groups)
-    train, validation, test = _assign(documents, group_of, fractions, groups)
-    splits = Splits(documents.select(train), documents.select(validation), documents.select(test), notes)
-    return Splits(splits.train, splits.validation, splits.test, notes + _few(splits.test))
+    train, validation, test = map(documents.select, _assign(documents, group_of, fractions, groups))
+    return Splits(train, validation, test, notes + _few(test))
 
 
 def near_duplicate_groups(texts: Sequence[str]) -> np.ndarray:
@@ -118,11 +120,9 @@ def near_duplicate_groups(texts: Sequence[str]) -> np.ndarray:
     normalised = [" ".join(text.lower().split()).encode() for text in texts]
     first_of: dict[bytes, int] = {}
     exact = np.fromiter((first_of.setdefault(text, i) for i, text in enumerate(normalised)), np.int64, len(texts))
-    distinct = np.unique(exact)
+    distinct = np.array([i for i in np.unique(exact) if normalised[i]], np.int64)
     edges = [np.stack([np.arange(len(texts)), exact])]
-    signatures, shingled = _signatures([normalised[i] for i in distinct])
-    distinct = distinct[shingled]
-    signatures = signatures[shingled]
+    signatures = _signatures([normalised[i] for i in distinct])
     for band in range(0, BINS, BAND):
         key = signatures[:, band].astype(np.uint64)
         for column in range(band + 1, band + BAND):
@@ -137,48 +137,41 @@ def near_duplicate_groups(texts: Sequence[str]) -> np.ndarray:
     return connected_components(graph, directed=False)[1]
 
 
-def _signatures(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """(N, BINS) uint32 one-permutation MinHash, and (N,) whether a text is long enough to have a shingle."""
+def _signatures(texts: list[bytes]) -> np.ndarray:
+    """(N, BINS) uint32 one-permutation MinHash of texts that are not empty."""
     empty = np.uint32(0xFFFFFFFF)
     signatures = np.full((len(texts), BINS), empty)
     start = 0
     while start < len(texts):
         stop, size = start, 0
         while stop < len(texts) and (size == 0 or size + len(texts[stop]) <= CHUNK):
-            size += len(texts[stop])
+            size += len(texts[stop]) + len(GAP)
             stop += 1
-        width = 1 << SHINGLE_DOUBLINGS
-        lengths = np.fromiter((len(text) for text in texts[start:stop]), np.int64, stop - start)
-        hashes = np.frombuffer(b"".join(texts[start:stop]), np.uint8).astype(np.uint64)
-        multiplier = 0x100000001B3
-        for doubling in range(SHINGLE_DOUBLINGS):  # polynomial hash of 1, 2, 4, ... bytes
-            step = 1 << doubling
-            hashes = hashes[:-step] * np.uint64(multiplier) + hashes[step:]
-            multiplier = multiplier * multiplier % (1 << 64)
-        left = np.concatenate([np.arange(length, 0, -1) for length in lengths])[: len(hashes)]
-        document = np.repeat(np.arange(start, stop), lengths)[: len(hashes)]
-        whole = left >= width
-        hashes = _mix(hashes[whole])
-        bins = document[whole] * BINS + (hashes >> np.uint64(58)).astype(np.int64)
-        np.minimum.at(signatures.reshape(-1), bins, (hashes & np.uint64(0x7FFFFFFF)).astype(np.uint32))
+        joined = GAP.join([*texts[start:stop], b""])
+        words = np.ndarray(len(joined) - 7, "<u8", joined, strides=(1,))  # the 8 bytes from each byte on
+        hashes = words[:-8] * np.uint64(0x9E3779B97F4A7C15)
+        hashes += words[8:]
+        _mix(hashes)
+        lengths = [len(text) + len(GAP) for text in texts[start:stop]]
+        bins = np.repeat(np.arange(start, stop, dtype=np.int64) * BINS, lengths)[: len(hashes)]
+        bins += (hashes >> np.uint64(58)).view(np.int64)
+        np.minimum.at(signatures.reshape(-1), bins, hashes.astype(np.uint32) & np.uint32(0x7FFFFFFF))
         start = stop
+    # an empty bin takes the next filled one to its right (around the end) and the distance, so that two empty bins
+    # agree only where their fillers do
     filled = signatures != empty
-    shingled = filled.any(axis=1)
-    # an empty bin takes the next filled one to its right (around the end) and the distance, so that two empty bins agree
-    # only where their fillers do
-    twice = np.concatenate([filled, filled], axis=1)
-    position = np.where(twice, np.arange(2 * BINS), 4 * BINS)
-    following = np.minimum.accumulate(position[:, ::-1], axis=1)[:, ::-1][:, :BINS]
-    distance = (following - np.arange(BINS)) * shingled[:, None]
-    values = np.take_along_axis(signatures, following % BINS, axis=1)
-    return values + distance.astype(np.uint32) * np.uint32(0x85EBCA6B), shingled
+    place = np.where(np.concatenate([filled, filled], axis=1), np.arange(2 * BINS), 2 * BINS)
+    following = np.minimum.accumulate(place[:, ::-1], axis=1)[:, ::-1][:, :BINS]
+    distance = (following - np.arange(BINS)).astype(np.uint32)
+    return np.take_along_axis(signatures, following % BINS, axis=1) + distance * np.uint32(0x85EBCA6B)
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit integers whose high bits depend on all bits (the finaliser of splitmix64)."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    """A bijection of 64-bit integers, in place, whose high bits depend on all bits (the finaliser of splitmix64)."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        value ^= value >> np.uint64(shift)
+        value *= np.uint64(factor)
+    return value
 
 
 def _groups(documents: Documents, groups: Sequence[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -227,26 +220,19 @@ def _assign(
             f"{documents.source}: {len(documents)} documents in {len(ordered)} groups of near-duplicates cannot be split "
             f"into {len(fractions)} parts without an empty one; bring more documents, or data with a test split"
         )
-    smallest_first = sorted(map(len, ordered))
     for number in range(len(fractions) - 1, 0, -1):
-        quota = fractions[number] * len(documents)
-        part, left = parts[number], []
-        # the smallest group always fits, so that no part stays empty; overshoot is at most half of what was open
+        quota = max(1, round(fractions[number] * len(documents)))
+        taken: list[list[int]] = []
+        size = 0
         for group in ordered:
-            open_ = quota - len(part)
-            fits = len(group) <= open_ * 1.5 or (not part and len(group) <= max(smallest_first[number - 1], quota))
-            if open_ >= 0.5 and fits or (not part and len(group) <= smallest_first[number - 1]):
-                part.extend(group)
-            else:
-                left.append(group)
-        ordered = left
+            if size < quota and size + len(group) <= quota * OVERSHOOT:
+                taken.append(group)
+                size += len(group)
+        taken = taken or [min(ordered, key=len)]
+        chosen = {group[0] for group in taken}
+        ordered = [group for group in ordered if group[0] not in chosen]
+        parts[number] = [index for group in taken for index in group]
     parts[0] = [index for group in ordered for index in group]
-    if not all(parts):
-        names = ("training", "validation", "test")
-        raise ValueError(
-            f"{documents.source}: the {names[parts.index([])]} split would be empty ({len(documents)} documents in "
-            f"{len(members)} groups); bring more documents, or data with a test split"
-        )
     return [sorted(part) for part in parts]
 
 
@@ -261,4 +247,4 @@ def _without_copies_of(train: Documents, test: Documents) -> tuple[Documents, in
 def _few(test: Documents) -> tuple[str, ...]:
     if len(test) >= FEW_TEST_ITEMS:
         return ()
-    return (f"only {len(test)} test items: fewer than {FEW_TEST_ITEMS}, so intervals over items are wide",)
+    return (f"only {len(test)} test items (fewer than {FEW_TEST_ITEMS})",)

@@ -87,8 +87,10 @@ def conduct(
         try:
             tuned = tune.shipped(prepared)
             if tuned is None and prepared.trial.tuning is not None and any(arm.tune for arm in prepared.arms):
-                arms = tune.tuning_arms(prepared)
-                planned = [run for seed in prepared.trial.tuning.seeds for run in (prepared.planned(arm, seed, "tuning") for arm in arms)]
+                tries = tune.tuning_arms(prepared)
+                planned = [
+                    prepared.planned(arm, seed, "tuning") for seed in prepared.trial.tuning.seeds for arm in tries
+                ]
                 records = runner.run(planned, "tuning")
                 if records is None:
                     return Result(None, None, None, None, 0)
@@ -121,9 +123,20 @@ class _Runner:
     """Holds what all phases of one call share: ledger, worker processes, table, limits."""
 
     def __init__(
-        self, prepared: Prepared, ledger: Ledger, display: Display, confirm: Callable[[str], bool] | None, deadline: float | None
+        self,
+        prepared: Prepared,
+        ledger: Ledger,
+        display: Display,
+        confirm: Callable[[str], bool] | None,
+        deadline: float | None,
     ) -> None:
-        self.prepared, self.ledger, self.display, self.confirm, self.deadline = prepared, ledger, display, confirm, deadline
+        self.prepared, self.ledger, self.display, self.confirm, self.deadline = (
+            prepared,
+            ledger,
+            display,
+            confirm,
+            deadline,
+        )
         self.agreed = prepared.options.yes or (
             prepared.options.max_minutes is not None and prepared.options.max_minutes <= ASK_ABOVE_MINUTES
         )
@@ -171,7 +184,9 @@ class _Runner:
         if left is None or left < ASK_ABOVE_MINUTES * 60:
             return
         self.display.pause()
-        question = f"this takes about {duration(left)} ({sum(row.status != 'done' for row in rows)} runs of this phase left)"
+        question = (
+            f"this takes about {duration(left)} ({sum(row.status != 'done' for row in rows)} runs of this phase left)"
+        )
         if self.confirm is None or not self.confirm(question):
             raise NeedsConfirmation(f"{question}; add --yes to agree, or --max-minutes to do a part, or fewer --seeds")
         self.agreed = True
@@ -262,7 +277,11 @@ def open_backend(prepared: Prepared, runs: int) -> Backend:
     gpus = accelerators() if device.startswith("cuda") else 0
     if prepared.options.on is not None:
         return RayTasks(prepared.options.on, prepared.options.workers, threads=1, gpus=gpus)
-    slots = min(prepared.options.workers or gpus, gpus, max(runs, 1)) if gpus and not prepared.timed else default_workers(prepared, runs)
+    slots = (
+        min(prepared.options.workers or gpus, gpus, max(runs, 1))
+        if gpus and not prepared.timed
+        else default_workers(prepared, runs)
+    )
     modules = (prepared.path.partition(":")[0], *prepared.trial.preload)
     return LocalProcesses(slots, threads_per_run(slots), modules, gpus)
 
@@ -298,7 +317,9 @@ def _summarize(
         endpoint=prepared.endpoint,
         full_trial_command=full_trial_command(prepared),
         stages=[
-            {key: entry[key] for key in ("name", "key", "wall_seconds", "bytes")} for entry in list_stages(prepared.home / "stages")
+            {key: entry[key] for key in ("name", "key", "wall_seconds", "bytes")}
+            for entry in list_stages(prepared.home / "stages")
+            if f"{entry['name']}-{entry['key']}" in {stage for record in records for stage in record.stages}
         ],
     )
 

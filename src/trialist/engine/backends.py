@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing import connection as mp_connection
 from multiprocessing import forkserver
-from typing import Any, Protocol
+from multiprocessing.connection import Connection
+from typing import Any, Protocol, cast
 
 from trialist.engine.worker import Task, perform, work
 
 Message = tuple[str, tuple]
-"""Run id and one of ("progress", done, total, numbers), ("outcome", json, measured), ("failure", error, traceback)"""
+"""Run id and one of ("progress", done, total, numbers), ("outcome", json, measured, stages), ("failure", error, traceback)"""
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
@@ -75,12 +76,12 @@ class LocalProcesses:
         if not self._running:
             time.sleep(timeout)
             return []
-        by_connection = {ours: run for run, (_, ours, _) in self._running.items()}
+        by_connection: dict[Any, str] = {ours: run for run, (_, ours, _) in self._running.items()}
         messages: list[Message] = []
         for ready in mp_connection.wait(list(by_connection), timeout):
-            run = by_connection[ready]  # type: ignore[index]
+            run = by_connection[ready]
             try:
-                message = ready.recv()  # type: ignore[union-attr]
+                message: tuple = cast("Connection", ready).recv()
             except (EOFError, OSError):
                 process = self._running[run][0]
                 process.join(10)
@@ -159,7 +160,7 @@ class RayTasks:
             self.stop(run)
 
 
-def _perform_remotely(task: Task) -> tuple[dict[str, Any], dict[str, float]]:
+def _perform_remotely(task: Task) -> tuple[dict[str, Any], dict[str, float], list[str]]:
     return perform(task)
 
 

@@ -42,7 +42,9 @@ class Context:
     def progress(self, done: float, total: float, numbers: Mapping[str, float] | None = None) -> None:
         """Tells the table how far the run is, in any unit, with numbers worth showing (`loss`)."""
         if self.send is not None:
-            self.send(("progress", float(done), float(total), {key: float(value) for key, value in (numbers or {}).items()}))
+            self.send(
+                ("progress", float(done), float(total), {key: float(value) for key, value in (numbers or {}).items()})
+            )
 
     @property
     def model_folder(self) -> Path:

@@ -16,7 +16,14 @@ from rich.text import Text
 from trialist.engine.execute import Event
 from trialist.engine.ledger import PlannedRun
 
-STYLES = {"done": "green", "running": "cyan", "failed": "red", "diverged": "yellow", "queued": "dim", "elsewhere": "magenta"}
+STYLES = {
+    "done": "green",
+    "running": "cyan",
+    "failed": "red",
+    "diverged": "yellow",
+    "queued": "dim",
+    "elsewhere": "magenta",
+}
 
 
 @dataclass
@@ -48,7 +55,11 @@ class Forecast:
 
     def seconds_per_run(self, rows: Sequence[Row]) -> float | None:
         """None until some run is far enough to tell."""
-        seen = [row.seconds / row.share for row in rows if row.seconds and (row.share >= 0.02 or row.seconds >= 20) and row.share]
+        seen = [
+            row.seconds / row.share
+            for row in rows
+            if row.seconds and (row.share >= 0.02 or row.seconds >= 20) and row.share
+        ]
         return sum(seen) / len(seen) if seen else None
 
     def seconds_left(self, rows: Sequence[Row]) -> float | None:
@@ -72,7 +83,9 @@ class Display:
         self._live: Live | None = None
         self._drawn = 0.0
 
-    def add(self, runs: Sequence[PlannedRun], answers: dict[str, str], statuses: dict[str, str], slots: int, phase: str) -> None:
+    def add(
+        self, runs: Sequence[PlannedRun], answers: dict[str, str], statuses: dict[str, str], slots: int, phase: str
+    ) -> None:
         self.forecast = Forecast(slots)
         self.phase = phase
         self.rows = {}
@@ -89,7 +102,7 @@ class Display:
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def pause(self) -> None:
         """Takes the live table away, for a question or an end."""
@@ -109,7 +122,7 @@ class Display:
         else:
             row.status, row.message = event.kind, event.message
             row.seconds = event.seconds or row.seconds
-            row.numbers.update(event.numbers)
+            row.numbers = dict(event.numbers) or row.numbers
             if self._live is None and event.kind != "elsewhere":
                 self._line(row)
         if self._live is not None and (event.kind != "progress" or time.monotonic() - self._drawn > 0.25):
@@ -152,7 +165,9 @@ class Display:
             )
         finished = sum(row.status not in ("queued", "running", "elsewhere") for row in rows)
         left = self.forecast.seconds_left(rows)
-        tail = f"{self.phase}: {finished} of {len(rows)} runs finished" + (f", about {duration(left)} left" if left else "")
+        tail = f"{self.phase}: {finished} of {len(rows)} runs finished" + (
+            f", about {duration(left)} left" if left else ""
+        )
         if len(shown) < len(rows):
             tail += f" ({len(rows) - len(shown)} rows not shown)"
         return Group(table, Text(tail, style="bold"))

@@ -15,11 +15,12 @@ import numpy as np
 from scipy import stats
 
 from trialist.engine.contract import Arm, Outcome
-from trialist.engine.intervals import FIXED, Array, Interval, Level, Undefined, bca, undefined
+from trialist.engine.intervals import FIXED, Array, Interval, Level, Undefined, undefined
+from trialist.engine.item_intervals import bca
 
 LEAST_MODELS = 8
 """Models (and clusters of models) below which an association gives no interval"""
-_RESAMPLES = 2_999
+_RESAMPLES = 1_999
 _PERMUTATIONS = 9_999
 
 
@@ -32,7 +33,7 @@ class Cell:
     outcome: Outcome
 
     def lookup(self, name: str) -> Any:
-        """Metric, covariate or arm option of that name. Raises Undefined where there is none, or where it has no value."""
+        """Metric, covariate or arm option of that name. Raises Undefined where there is none or it has no value."""
         if name in self.outcome.undefined:
             raise Undefined(f"{name} is undefined in {self.arm.name}, seed {self.seed}: {self.outcome.undefined[name]}")
         for source in (self.outcome.metrics, self.outcome.covariates, self.arm.options):
@@ -133,7 +134,7 @@ class Association:
 
     def _residuals(self, table: Array) -> tuple[Array, Array]:
         if self.method == "spearman":
-            table = np.stack([stats.rankdata(column) for column in table.T], axis=1)
+            table = stats.rankdata(table, axis=0)
         table = table - table.mean(axis=0)
         table = table / np.maximum(np.sqrt((table**2).sum(axis=0)), 1e-300)
         if not self.given:
@@ -215,7 +216,10 @@ def _over_models(
     """BCa over clusters of models, and a permutation p value."""
     clusters = [_cluster(cell, associations[0].cluster, index) for index, cell in enumerate(cells)]
     members = [np.flatnonzero(labels) for labels in (np.array(clusters) == name for name in sorted(set(clusters)))]
-    n, over = len(members), "models" if not associations[0].cluster else f"clusters of models by {associations[0].cluster}"
+    n, over = (
+        len(members),
+        "models" if not associations[0].cluster else f"clusters of models by {associations[0].cluster}",
+    )
     method = f"BCa over {n} {over}, permutation p"
     if n < LEAST_MODELS:
         return undefined(f"{n} {over}: an association needs at least {LEAST_MODELS}", n, method, level=level)
@@ -252,7 +256,7 @@ def _permuted(
     sign: float,
     generator: np.random.Generator,
 ) -> tuple[float, float]:
-    """One-sided p values of no association: y's residuals permuted, or, in clusters, whole clusters' products turned."""
+    """One-sided p values of no association: y's residuals permuted, or whole clusters' products turned."""
     parts = [entry._residuals(table) for entry, table in zip(associations, tables)]
     norms = [float(np.sqrt((x @ x) * (y @ y))) for x, y in parts]
     products = sum(
@@ -263,7 +267,8 @@ def _permuted(
         null = generator.choice([-1.0, 1.0], size=(_PERMUTATIONS, len(members))) @ by_cluster
     else:
         x, y = parts[0]
-        null = sign * np.array([x @ generator.permutation(y) for _ in range(_PERMUTATIONS)]) / norms[0]
+        shuffled = generator.permuted(np.broadcast_to(y, (_PERMUTATIONS, len(y))), axis=1)
+        null = sign * (shuffled @ x) / norms[0]
     tolerance = 1e-12
     above = (1 + int((null >= estimate - tolerance).sum())) / (_PERMUTATIONS + 1)
     below = (1 + int((null <= estimate + tolerance).sum())) / (_PERMUTATIONS + 1)

@@ -125,7 +125,7 @@ def _store(
     seconds = started[1] - started[0]
     if message[0] == "outcome":
         outcome = outcome_from_json(message[1])
-        ledger.finish(task.run, outcome, message[2])
+        ledger.finish(task.run, outcome, message[2], message[3])
         if not keep_folders:
             shutil.rmtree(task.folder, ignore_errors=True)
         numbers: dict[str, Any] = dict(outcome.metrics)

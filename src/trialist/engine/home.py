@@ -31,5 +31,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> Path:
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
-        raise OSError(error.errno, f"cannot write {target}: {error.strerror}; free space or choose another place") from error
+        raise OSError(
+            error.errno, f"cannot write {target}: {error.strerror}; free space or choose another place"
+        ) from error
     return target

@@ -145,7 +145,7 @@ def _parse(text: bytes) -> ast.Module:
 
 @functools.lru_cache(maxsize=4096)
 def _imports(text: bytes, module: str, is_package: bool) -> tuple[str, ...]:
-    found = []
+    found: list[str] = []
     for node in ast.walk(_parse(text)):
         if isinstance(node, ast.Import):
             found.extend(alias.name for alias in node.names)
@@ -164,6 +164,10 @@ def _code_digest(text: bytes) -> str:
             node.body = [  # type: ignore[attr-defined]
                 entry
                 for entry in body
-                if not (isinstance(entry, ast.Expr) and isinstance(entry.value, ast.Constant) and isinstance(entry.value.value, str))
+                if not (
+                    isinstance(entry, ast.Expr)
+                    and isinstance(entry.value, ast.Constant)
+                    and isinstance(entry.value.value, str)
+                )
             ]
     return hashlib.blake2b(ast.dump(tree).encode(), digest_size=8).hexdigest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,9 +17,6 @@ from scipy import special
 
 Array = NDArray[np.float64]
 
-BCA_FROM = 20
-"""Clusters from which an interval over items is bootstrapped; below, the bootstrap is too narrow"""
-_RESAMPLES = 9_999
 _ROUNDING = 1e-12  # differences whose spread is below this share of the values differ by rounding alone
 
 
@@ -35,7 +33,12 @@ class Level:
     equivalence: float = 0.05
     """One-sided error of `low90` and of `high90`"""
 
-    label = "95 % interval"
+    label: ClassVar[str] = "95 % interval"
+
+    @property
+    def design(self) -> str:
+        """What the method of an interval adds about looking early; empty where n was fixed beforehand."""
+        return ""
 
     def nominal(self, alpha: float) -> float:
         """The one-sided p value below which a single look errs with probability `alpha` over the whole design."""
@@ -77,7 +80,9 @@ class Interval:
     shape: tuple[int, int] | None = None
     """Seeds and items of a crossed design"""
     level: Level = FIXED
-    tails: tuple[Callable[[float], float], Callable[[float], float]] | None = field(default=None, compare=False, repr=False)
+    tails: tuple[Callable[[float], float], Callable[[float], float]] | None = field(
+        default=None, compare=False, repr=False
+    )
     """One-sided p values of `effect > bound` and `effect < bound`, for intervals that are not made of t statistics"""
     parts: tuple[tuple[float, float], ...] = ()
     """(standard error, df) of the t intervals of which this is the widest"""
@@ -146,17 +151,17 @@ def paired_t(control: ArrayLike, treatment: ArrayLike, *, level: Level = FIXED, 
 def t_interval(
     differences: ArrayLike, *, magnitude: float | None = None, level: Level = FIXED, unit: str = "seeds"
 ) -> Interval:
-    """Student's t over differences (n,). `magnitude`: size of the values they come from, to tell rounding from spread."""
+    """Student's t over differences (n,). `magnitude`: size of their terms, to tell rounding from spread."""
     d = np.asarray(differences, dtype=np.float64)
     n, method = len(d), f"paired t over {unit}"
     if n < 2:
         return undefined(
-            f"{n} {_one(unit, n)}: no variance, so no interval", n, method, float(d[0]) if n else None, level
+            f"{n} {singular(unit, n)}: no variance, so no interval", n, method, float(d[0]) if n else None, level
         )
     if not np.isfinite(d).all():
         return undefined("a difference is not finite", n, method, level=level)
     estimate, spread = float(d.mean()), float(d.std(ddof=1))
-    if reason := _no_spread(d, spread, magnitude, unit):
+    if reason := no_spread(d, spread, magnitude, unit):
         return undefined(reason, n, method, estimate, level)
     return from_t(estimate, [(spread / math.sqrt(n), n - 1.0)], n, f"{method}, df {n - 1}", level)
 
@@ -227,7 +232,7 @@ def crossed_t(
     v_s, v_i = float(rows.var(ddof=1)) / seeds, float(cols.var(ddof=1)) / columns
     v_r = mean_square / (seeds * columns)
     v = max(v_s + v_i - v_r, v_s, v_i)
-    if reason := _no_spread(rows, math.sqrt(v_s * seeds), magnitude, "seeds"):
+    if reason := no_spread(rows, math.sqrt(v_s * seeds), magnitude, "seeds"):
         return undefined(reason, seeds, method, estimate, level)
     df = v**2 / (v_s**2 / (seeds - 1) + v_i**2 / (columns - 1))
     df = min(max(df, seeds - 1.0), float(seeds * columns))
@@ -235,125 +240,6 @@ def crossed_t(
     parts = [(math.sqrt(v_s), seeds - 1.0), (math.sqrt(v), df)]
     interval = from_t(estimate, parts, seeds, method, level, sources, (seeds, columns))
     return replace(interval, method=f"{method}, df {interval.df:.3g}") if interval.defined else interval
-
-
-def item_interval(
-    differences: ArrayLike,
-    clusters: Sequence[str] | None = None,
-    *,
-    magnitude: float | None = None,
-    level: Level = FIXED,
-) -> Interval:
-    """Interval over items (N,) of one given model; items of one cluster count together.
-
-    Cluster-robust t; from 20 clusters on each bound is the outer one of that and of BCa over clusters, because at 20 to
-    50 clusters BCa alone errs on 3 to 6 % of the side that should hold 2.5 % (docs/statistics.md).
-    """
-    d = np.asarray(differences, dtype=np.float64)
-    labels = np.arange(len(d)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
-    sizes = np.bincount(labels).astype(np.float64)
-    n, unit = len(sizes), "items" if clusters is None else "clusters of items"
-    method = f"cluster-robust t over {unit}"
-    if n < 2:
-        return undefined(f"{n} {_one(unit, n)}: no variance, so no interval", n, method, level=level)
-    if not np.isfinite(d).all():
-        return undefined("a difference is not finite", n, method, level=level)
-    totals, estimate = np.bincount(labels, weights=d), float(d.mean())
-    deviations = totals - sizes * estimate
-    error = math.sqrt(float((deviations**2).sum()) * n / (n - 1)) / len(d)
-    if reason := _no_spread(d, error * math.sqrt(n), magnitude, unit):
-        return undefined(reason, n, method, estimate, level)
-    robust = from_t(estimate, [(error, n - 1.0)], n, f"{method}, df {n - 1}", level)
-    if n < BCA_FROM:
-        return robust
-    return _bca_of_mean(estimate, deviations, sizes, robust, unit)
-
-
-def _bca_of_mean(estimate: float, deviations: Array, sizes: Array, robust: Interval, unit: str) -> Interval:
-    """BCa interval of a mean over clusters. Clusters are sorted first, so that their order cannot matter."""
-    order = np.lexsort((sizes, deviations))
-    deviations, sizes = deviations[order], sizes[order]
-    n = len(sizes)
-    generator = np.random.default_rng(n)
-    resamples = np.empty(_RESAMPLES)
-    block = max(1, 4_000_000 // n)
-    for start in range(0, _RESAMPLES, block):
-        drawn = generator.integers(0, n, size=(min(block, _RESAMPLES - start), n))
-        resamples[start : start + len(drawn)] = deviations[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-    left_out = (deviations.sum() - deviations) / (sizes.sum() - sizes)
-    return _outer(bca(estimate, estimate + resamples, estimate + left_out, n, "BCa", robust), robust, unit)
-
-
-def _outer(first: Interval, second: Interval, unit: str) -> Interval:
-    """Of two intervals around one estimate, each bound that lies further out."""
-    if first is second:
-        return second
-    assert first.low is not None and first.high is not None and first.low90 is not None and first.high90 is not None
-    assert second.low is not None and second.high is not None and second.low90 is not None and second.high90 is not None
-
-    def p_above(bound: float) -> float:
-        return max(first.p_above(bound), second.p_above(bound))
-
-    def p_below(bound: float) -> float:
-        return max(first.p_below(bound), second.p_below(bound))
-
-    return replace(
-        second,
-        low=min(first.low, second.low),
-        high=max(first.high, second.high),
-        low90=min(first.low90, second.low90),
-        high90=max(first.high90, second.high90),
-        method=f"wider of cluster-robust t and BCa over {second.n} {unit}",
-        p_worse=p_below(0.0),
-        p_better=p_above(0.0),
-        tails=(p_above, p_below),
-    )
-
-
-def bca(estimate: float, resamples: Array, left_out: Array, n: int, method: str, fallback: Interval) -> Interval:
-    """Bias-corrected and accelerated bootstrap interval (Efron 1987) from resampled and leave-one-out values.
-
-    Level, df and standard error are those of `fallback`, which is returned where the bootstrap is degenerate.
-    """
-    level = fallback.level
-    ordered = np.sort(resamples)
-
-    def share_below(value: float) -> float:
-        inside = np.searchsorted(ordered, value, "left") + np.searchsorted(ordered, value, "right")
-        return float(np.clip(inside / 2 / len(ordered), 0.5 / len(ordered), 1 - 0.5 / len(ordered)))
-
-    centred = left_out.mean() - left_out
-    cubes, squares = float((centred**3).sum()), float((centred**2).sum())
-    if squares == 0.0 or not ordered[0] < estimate < ordered[-1]:
-        return fallback
-    bias = float(special.ndtri(share_below(estimate)))
-    acceleration = cubes / (6.0 * squares**1.5)
-
-    def quantile(tail: float) -> float:
-        z = bias + float(special.ndtri(tail))
-        adjusted = float(special.ndtr(bias + z / (1.0 - acceleration * z)))
-        return float(np.quantile(ordered, adjusted))
-
-    def p_above(bound: float) -> float:
-        z = float(special.ndtri(share_below(bound))) - bias
-        return float(special.ndtr(z / (1.0 + acceleration * z) - bias))
-
-    tail, tail90 = level.nominal(level.alpha), level.nominal(level.equivalence)
-    return Interval(
-        estimate=estimate,
-        low=quantile(tail),
-        high=quantile(1.0 - tail),
-        low90=quantile(tail90),
-        high90=quantile(1.0 - tail90),
-        df=fallback.df,
-        n=n,
-        method=method,
-        standard_error=fallback.standard_error,
-        p_worse=1.0 - p_above(0.0),
-        p_better=p_above(0.0),
-        level=level,
-        tails=(p_above, lambda bound: 1.0 - p_above(bound)),
-    )
 
 
 def holm_adjusted(p_values: Sequence[float]) -> tuple[float, ...]:
@@ -386,7 +272,7 @@ def _by_cluster(d: Array, clusters: Sequence[str]) -> Array:
     return means + (totals - sizes * means) * (len(sizes) / d.shape[1])
 
 
-def _no_spread(d: Array, spread: float, magnitude: float | None, unit: str) -> str:
+def no_spread(d: Array, spread: float, magnitude: float | None, unit: str) -> str:
     if not d.any():
         return f"all {len(d)} differences are exactly 0"
     if spread <= _ROUNDING * max(float(np.abs(d).max()), magnitude or 0.0):
@@ -394,5 +280,5 @@ def _no_spread(d: Array, spread: float, magnitude: float | None, unit: str) -> s
     return ""
 
 
-def _one(unit: str, n: int) -> str:
+def singular(unit: str, n: int) -> str:
     return unit.replace("seeds", "seed").replace("clusters", "cluster").replace("items", "item") if n == 1 else unit

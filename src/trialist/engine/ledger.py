@@ -65,6 +65,7 @@ _runs = sa.Table(
     sa.Column("started", sa.Float),
     sa.Column("ended", sa.Float),
     sa.Column("measured", sa.JSON),
+    sa.Column("stages", sa.JSON),
     sa.Column("error", sa.Text),
     sa.Column("traceback", sa.Text),
 )
@@ -154,7 +155,9 @@ class Ledger:
         try:
             yield
         except sa.exc.DBAPIError as error:
-            raise LedgerError(f"the ledger {self.path} cannot be used: {error.orig}. {_way_out(str(error.orig))}") from error
+            raise LedgerError(
+                f"the ledger {self.path} cannot be used: {error.orig}. {_way_out(str(error.orig))}"
+            ) from error
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
@@ -213,11 +216,15 @@ class Ledger:
                 query = sa.select(_runs.c.id, _runs.c.identity, _runs.c.source, _runs.c.status, _runs.c.ended)
                 for row in connection.execute(query.where(_runs.c.identity.in_(chunk))):
                     present.setdefault(row.identity, []).append(row)
-            stale, fresh, again = [], [], []
+            stale: list[str] = []
+            fresh: list[PlannedRun] = []
+            again: list[str] = []
             for run in runs:
                 rows = present.get(run.identity, [])
                 same = [row for row in rows if row.source == run.source]
-                other = [row for row in rows if row.source != run.source and row.status in ("done", "diverged", "stale")]
+                other = [
+                    row for row in rows if row.source != run.source and row.status in ("done", "diverged", "stale")
+                ]
                 if same:
                     answers[run.id] = same[0].id
                     if same[0].status == "failed" and retry:
@@ -241,7 +248,10 @@ class Ledger:
             if fresh:
                 connection.execute(
                     _runs.insert(),
-                    [{**run.__dict__, "options": dict(run.options), "status": "queued", "attempt": 1, "created": now} for run in fresh],
+                    [
+                        {**run.__dict__, "options": dict(run.options), "status": "queued", "attempt": 1, "created": now}
+                        for run in fresh
+                    ],
                 )
         return answers
 
@@ -279,13 +289,17 @@ class Ledger:
                 .values(status="queued", owner=None, lease_until=None)
             )
 
-    def finish(self, run: str, outcome: Outcome, measured: Mapping[str, float]) -> None:
+    def finish(
+        self, run: str, outcome: Outcome, measured: Mapping[str, float], stages: Sequence[str] = ()
+    ) -> None:
         """Stores outcome and state in one transaction."""
         status = "done" if outcome.diverged is None else "diverged"
         with self._transaction() as connection:
             connection.execute(_outcomes.delete().where(_outcomes.c.run == run))
             connection.execute(_outcomes.insert().values(run=run, body=_squeeze(outcome_to_json(outcome))))
-            self._end(connection, run, status=status, measured=dict(measured), error=None, traceback=None)
+            self._end(
+                connection, run, status=status, measured=dict(measured), stages=list(stages), error=None, traceback=None
+            )
 
     def fail(self, run: str, error: str, traceback: str | None, measured: Mapping[str, float]) -> None:
         """Records an infrastructure failure (crash, time-out, out of memory); `--retry` runs it again."""
@@ -308,7 +322,11 @@ class Ledger:
     def rows(self, *, trial: str | None = None, status: str | None = None) -> list[dict[str, Any]]:
         """Light rows for listings, newest first: everything but the outcomes."""
         columns = [column for column in _runs.c if column.name not in ("lease_until", "owner")]
-        query = sa.select(*columns, _configurations.c.preset).join(_configurations).order_by(_runs.c.created.desc(), _runs.c.id)
+        query = (
+            sa.select(*columns, _configurations.c.preset)
+            .join(_configurations)
+            .order_by(_runs.c.created.desc(), _runs.c.id)
+        )
         if trial is not None:
             query = query.where(_runs.c.trial == trial)
         if status is not None:
@@ -324,7 +342,9 @@ class Ledger:
         if not rows:
             raise ValueError(f"no run {run!r} in {self.path}; `trialist runs` lists them")
         if len(rows) > 1:
-            raise ValueError(f"several runs begin with {run!r}: {', '.join(row['id'] for row in rows)}; give more of the id")
+            raise ValueError(
+                f"several runs begin with {run!r}: {', '.join(row['id'] for row in rows)}; give more of the id"
+            )
         return rows[0]
 
     def records(self, runs: Sequence[str] | None = None, *, configuration: str | None = None) -> list[RunRecord]:
@@ -336,7 +356,9 @@ class Ledger:
                 rows = connection.execute(query.where(_runs.c.configuration == configuration)).mappings().all()
             else:
                 rows = [
-                    row for chunk in _chunks(runs) for row in connection.execute(query.where(_runs.c.id.in_(chunk))).mappings()
+                    row
+                    for chunk in _chunks(runs)
+                    for row in connection.execute(query.where(_runs.c.id.in_(chunk))).mappings()
                 ]
         for row in rows:
             body = row["body"]
@@ -354,6 +376,7 @@ class Ledger:
                 attempt=row["attempt"],
                 error=row["error"],
                 traceback=row["traceback"],
+                stages=tuple(row["stages"] or ()),
             )
         return list(found.values()) if runs is None else [found[run] for run in runs]
 

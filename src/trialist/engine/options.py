@@ -58,7 +58,9 @@ class RunOptions:
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"--max-minutes must be > 0, not {self.max_minutes}")
         if self.endpoint is not None and self.margin is None:
-            raise ValueError("--endpoint replaces the claim's endpoint, so --margin (smallest effect worth having) is required")
+            raise ValueError(
+                "--endpoint replaces the claim's endpoint, so --margin (smallest effect worth having) is required"
+            )
 
     def look_points(self) -> tuple[int, ...] | None:
         """Seeds at which to look; None for `any`."""
@@ -69,5 +71,7 @@ class RunOptions:
         except ValueError:
             points = ()
         if not points or list(points) != sorted(set(points)) or points[0] < 3:
-            raise ValueError(f"--looks takes rising numbers of seeds from 3 on, such as 3,5,8, or `any`; not {self.looks!r}")
+            raise ValueError(
+                f"--looks takes rising numbers of seeds from 3 on, such as 3,5,8, or `any`; not {self.looks!r}"
+            )
         return points

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trialist.engine.contract import Arm, Endpoint, Trial
+from trialist.engine.contract import Arm, Better, Endpoint, Trial
 from trialist.engine.home import home_folder
 from trialist.engine.identity import digest, inputs_by_content, inputs_of, run_identity, source_digest
 from trialist.engine.ledger import Configuration, PlannedRun
@@ -121,7 +121,9 @@ def prepare(name: str, fields: Mapping[str, Any], options: RunOptions, *, comman
     """Settles inputs, arms and seeds. Raises ValueError or FileNotFoundError, before anything is stored or started."""
     cls = load_trial(name)
     preset = choose_preset(name, cls, options.preset)
-    defaults = {field.name: getattr(cls, field.name, None) for field in dataclasses.fields(cls)} | preset_fields(cls, preset)
+    defaults = {field.name: getattr(cls, field.name, None) for field in dataclasses.fields(cls)} | preset_fields(
+        cls, preset
+    )
     for field in fields:
         if field not in defaults:
             near = difflib.get_close_matches(field, [*defaults, *RunOptions.__dataclass_fields__], n=1)
@@ -135,7 +137,9 @@ def prepare(name: str, fields: Mapping[str, Any], options: RunOptions, *, comman
     if options.arms:
         missing = [arm for arm in options.arms if arm not in {candidate.name for candidate in arms}]
         if missing:
-            raise ValueError(f"{name} has no arm {missing[0]!r}; it has {', '.join(dict.fromkeys(arm.name for arm in arms))}")
+            raise ValueError(
+                f"{name} has no arm {missing[0]!r}; it has {', '.join(dict.fromkeys(arm.name for arm in arms))}"
+            )
         arms = tuple(arm for arm in arms if arm.name in options.arms)
     own = any(field in changed for field in ("model", "data"))
     seeds = options.seeds
@@ -181,9 +185,13 @@ def check_arms(name: str, trial: Trial, arms: Sequence[Arm]) -> None:
             raise ValueError(f"trial {name}: setting {setting!r} is null for some arms and not for others")
         if "factor" in roles:
             if any(role in ("control", "treatment") for role in roles) or trial.effect is None:
-                raise ValueError(f"trial {name}: factor arms stand alone and need `effect` from trialist.engine.effects")
+                raise ValueError(
+                    f"trial {name}: factor arms stand alone and need `effect` from trialist.engine.effects"
+                )
         elif roles.count("treatment") != 1 or "control" not in roles:
-            raise ValueError(f"trial {name}: setting {setting!r} needs one treatment and at least one control, has {roles}")
+            raise ValueError(
+                f"trial {name}: setting {setting!r} needs one treatment and at least one control, has {roles}"
+            )
     primary_setting(list(arms))
     tuned = [arm for arm in arms if arm.tune is not None]
     if tuned and trial.tuning is None:
@@ -200,13 +208,18 @@ def replaced_endpoint(trial: Trial, options: RunOptions) -> Endpoint | None:
     """The endpoint of `--endpoint`, with the claim's direction for it where it knows one."""
     if options.endpoint is None:
         return None
-    name, _, better = options.endpoint.rpartition(":") if options.endpoint.endswith((":higher", ":lower")) else (options.endpoint, "", "")
+    name, _, better = (
+        options.endpoint.rpartition(":")
+        if options.endpoint.endswith((":higher", ":lower"))
+        else (options.endpoint, "", "")
+    )
     known = next((endpoint for endpoint in trial.claim.endpoints if endpoint.name == name), None)
     if not better and known is None:
         raise ValueError(f"--endpoint {name}: say which direction is better, --endpoint {name}:higher or {name}:lower")
+    direction: Better = "higher" if (better or (known and known.better)) == "higher" else "lower"
     if known is not None:
-        return dataclasses.replace(known, margin=options.margin, **({"better": better} if better else {}))
-    return Endpoint(name, better="higher" if better == "higher" else "lower", margin=options.margin)
+        return dataclasses.replace(known, margin=options.margin, better=direction)
+    return Endpoint(name, better=direction, margin=options.margin)
 
 
 def in_blocks(prepared: Prepared, arms: Sequence[Arm], seeds: Sequence[int]) -> list[PlannedRun]:

@@ -58,7 +58,7 @@ def seeds_needed(effect: float, power: float = 0.8, alpha: float = 0.025) -> int
 
 def project(interval: Interval, seeds: int | None = None, items: int | None = None) -> Interval:
     """The interval to expect with other numbers of seeds or items, if estimate and variances stay as they are."""
-    if interval.estimate is None or interval.standard_error is None or not interval.defined:
+    if interval.estimate is None or not interval.standard_error or not interval.defined:
         return interval
     if interval.sources is not None and interval.shape is not None:
         s, i = seeds or interval.shape[0], items or interval.shape[1]
@@ -76,7 +76,7 @@ def project(interval: Interval, seeds: int | None = None, items: int | None = No
 
 
 def least_number(decides: Callable[[int], bool], now: int, most: int) -> int | None:
-    """Smallest n in (now, most] at which `decides(n)` holds, assuming that it goes on to hold; None if there is none."""
+    """Smallest n in (now, most] at which `decides(n)` holds (and then goes on to hold); None if there is none."""
     if now >= most:
         return None
     low, step = now, 1

@@ -34,7 +34,8 @@ class RunRecord:
     error: str | None = None
     """Type and message of an infrastructure failure"""
     traceback: str | None = None
-    folder: str | None = None
+    stages: tuple[str, ...] = ()
+    """Names of the stages that it used"""
 
     def cost(self, name: str) -> float | None:
         """A cost unit of the outcome or a measured cost; None where the run has none."""
@@ -138,11 +139,15 @@ def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
 def outcome_from_json(document: Mapping[str, Any]) -> Outcome:
     items = {
         name: Items(
-            tuple(value["ids"]), tuple(value["scores"]), None if value.get("clusters") is None else tuple(value["clusters"])
+            tuple(value["ids"]),
+            tuple(value["scores"]),
+            None if value.get("clusters") is None else tuple(value["clusters"]),
         )
         for name, value in document.get("items", {}).items()
     }
-    curves = {name: tuple((float(x), float(y)) for x, y in points) for name, points in document.get("curves", {}).items()}
+    curves = {
+        name: tuple((float(x), float(y)) for x, y in points) for name, points in document.get("curves", {}).items()
+    }
     return Outcome(
         metrics=dict(document.get("metrics", {})),
         items=items,

@@ -33,7 +33,7 @@ def verify(ledger_path: Path, run: str, tolerance: float, say: Callable[[str], N
     configuration = _configuration(ledger, row)
     ledger.close()
     with tempfile.TemporaryDirectory(prefix="trialist-verify-") as folder:
-        now, _ = _again(configuration, row, ledger_path.absolute().parent, Path(folder), say)
+        now = _again(configuration, row, ledger_path.absolute().parent, Path(folder), say)
     assert stored is not None
     before = dict(_numbers("", outcome_to_json(stored)))
     after = dict(_numbers("", now))
@@ -48,9 +48,7 @@ def verify(ledger_path: Path, run: str, tolerance: float, say: Callable[[str], N
     return {"run": row["id"], "compared": len(names), "differences": differences, "source_changed": changed}
 
 
-def export(
-    ledger_path: Path, run: str, to: str, agree: Callable[[str], bool], say: Callable[[str], None]
-) -> Path:
+def export(ledger_path: Path, run: str, to: str, agree: Callable[[str], bool], say: Callable[[str], None]) -> Path:
     """Copies the model of `run` to the new folder `to`; trains the run again, if it was not kept and `agree` says yes."""
     target = Path(to)
     if target.exists():
@@ -65,7 +63,9 @@ def export(
         seconds = (row["measured"] or {}).get("wall_seconds")
         time = f" (that took {seconds:.0f} s)" if seconds else ""
         if not agree(f"the model of run {row['id']} was not kept; it must be trained again{time}"):
-            raise ValueError(f"the model of run {row['id']} was not kept; --yes trains it again, `run --keep-models` keeps it")
+            raise ValueError(
+                f"the model of run {row['id']} was not kept; --yes trains it again, `run --keep-models` keeps it"
+            )
         _again(configuration, row, home, home / "runs" / row["id"], say)
     if not kept.is_dir():
         raise ValueError(f"trial {row['trial']} trains no model: there is nothing to export")
@@ -82,7 +82,7 @@ def _configuration(ledger: Ledger, row: dict[str, Any]) -> Configuration:
 
 def _again(
     configuration: Configuration, row: dict[str, Any], home: Path, folder: Path, say: Callable[[str], None]
-) -> tuple[dict[str, Any], dict[str, float]]:
+) -> dict[str, Any]:
     trial = rebuild(configuration, home)
     trial.check()
     arm = find_arm(trial, row["arm"], row["setting"]).with_options(**row["options"])
@@ -92,7 +92,9 @@ def _again(
             f"run {row['id']} cannot be repeated: the content of its inputs (files, model), its arm or the versions of "
             f"{', '.join(trial.versions) or 'its packages'} are not what they were"
         )
-    threads = int((row["measured"] or {}).get("threads", 1))  # sums split over other numbers of threads differ in the last bits
+    threads = int(
+        (row["measured"] or {}).get("threads", 1)
+    )  # sums split over other numbers of threads differ in the last bits
     gpus = accelerators() if resolve_device(str(getattr(trial, "device", "cpu"))) == "cuda" else 0
     task = Task(
         run=row["id"],
@@ -115,7 +117,7 @@ def _again(
         while True:
             for _, message in backend.poll(0.25):
                 if message[0] == "outcome":
-                    return message[1], message[2]
+                    return message[1]
                 if message[0] == "failure":
                     raise ValueError(f"run {row['id']} failed when run again: {message[1]}\n{message[2] or ''}")
     finally:
@@ -134,6 +136,6 @@ def _numbers(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _equal(a: Any, b: Any, tolerance: float) -> bool:
-    if isinstance(a, float) and isinstance(b, (int, float)) or isinstance(b, float) and isinstance(a, (int, float)):
+    if (isinstance(a, float) and isinstance(b, (int, float))) or (isinstance(b, float) and isinstance(a, (int, float))):
         return a == b or (tolerance > 0 and math.isclose(a, b, rel_tol=tolerance))
     return json.dumps(a) == json.dumps(b)

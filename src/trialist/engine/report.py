@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trialist.engine import wording
-from trialist.engine.contract import COST_UNITS
 from trialist.engine.home import write_atomic
+from trialist.engine.plain import dump_json
 from trialist.engine.records import Verdict
+from trialist.engine.view import forest_rows, view_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 FORMATS = ("html", "md", "json")
 MOST_PANELS = 8
-MOST_ROWS = 50
-"""Rows of the tables of single seeds; the JSON has all"""
-SECTIONS = (
-    ("effects", "What decides"),
-    ("co_primary", "Must hold as well"),
-    ("guards", "Guards: must not get worse by more than the margin"),
-    ("savings", "What it saves"),
-    ("settings", "Other settings"),
-    ("null_effects", "Negative controls: here the benefit must vanish"),
-    ("references", "References, which never decide"),
-    ("secondary", "Secondary endpoints, which never decide"),
-)
 
 
 def write_report(summary: Mapping[str, Any], path: str | Path | None = None, format: str | None = None) -> Path:
-    """Writes the report and returns its path. The format is `html`, `md` or `json`; by default the path's ending decides.
+    """Writes the report and returns its path. The format is `html`, `md` or `json`; else the path's ending decides.
 
     Without a path the page goes to a new temporary folder. Raises ValueError for an ending that names no format.
     """
@@ -42,54 +32,64 @@ def write_report(summary: Mapping[str, Any], path: str | Path | None = None, for
         path = Path(tempfile.mkdtemp(prefix="trialist-")) / f"{summary['trial']}.{format or 'html'}"
     chosen = format or {"htm": "html", "markdown": "md"}.get(Path(path).suffix[1:], Path(path).suffix[1:])
     if chosen not in FORMATS:
-        raise ValueError(f"report {path}: format {chosen!r} is unknown; end the path in .html, .md or .json, or pass --format")
-    return write_atomic(path, {"html": render_html, "md": render_markdown, "json": render_json}[chosen](summary))
+        raise ValueError(
+            f"report {path}: format {chosen!r} is unknown; end the path in .html, .md or .json, or pass --format"
+        )
+    return write_atomic(path, render(summary, chosen))
+
+
+def render(summary: Mapping[str, Any], format: str = "html") -> str:
+    """The report in one of the formats `html`, `md` and `json`."""
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r} is unknown; one of {', '.join(FORMATS)}")
+    return {"html": render_html, "md": render_markdown, "json": render_json}[format](summary)
 
 
 def render_html(summary: Mapping[str, Any]) -> str:
     """One page without any reference to the network; pictures are inline SVG, wide and narrow."""
-    view = _view(summary)
-    return _templates().get_template("report.html").render(**view, figures=_figures(summary, view), style=_style())
+    view = view_of(summary)
+    return templates().get_template("report.html").render(**view, figures=_figures(summary, view), style=_style())
 
 
 def render_markdown(summary: Mapping[str, Any]) -> str:
-    return _templates().get_template("report.md").render(**_view(summary)).strip() + "\n"
+    return templates().get_template("report.md").render(**view_of(summary)).strip() + "\n"
 
 
 def render_json(summary: Mapping[str, Any]) -> str:
-    from trialist.engine.summary import dump_json
-
     return dump_json(dict(summary))
 
 
 def render_index(
-    summaries: Sequence[Mapping[str, Any]], format: str = "html", links: Mapping[str, str] | None = None
+    summaries: Sequence[Mapping[str, Any]], format: str = "html", links: Mapping[tuple[str, str], str] | None = None
 ) -> str:
-    """All trials on one page: verdict, effect, cost. `links` maps a trial's name to the address of its report."""
+    """All trials on one page: verdict, effect, cost. `links` maps `(trial, preset)` to the address of a report."""
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is unknown; one of {', '.join(FORMATS)}")
-    ordered = sorted(summaries, key=lambda entry: (wording.WORDS.index(entry["verdict"]), entry["trial"], entry["preset"]))
+    ordered = sorted(
+        summaries, key=lambda entry: (wording.WORDS.index(entry["verdict"]), entry["trial"], entry["preset"])
+    )
     if format == "json":
-        from trialist.engine.summary import dump_json
-
         return dump_json({"schema": 1, "trials": [dict(summary) for summary in ordered]})
     rows = []
     for summary in ordered:
         effect = wording.weakest(summary["effects"])
         rows.append(
             {
-                **{key: summary[key] for key in ("trial", "preset", "verdict", "claim", "date", "endpoint", "unit", "margin")},
-                "sentence": summary.get("sentence") or summary["reason"],
-                "advice": summary.get("advice", ""),
-                "effect": wording.effect_text(effect) if effect else "none",
+                **{
+                    key: summary[key]
+                    for key in ("trial", "preset", "verdict", "claim", "date", "endpoint", "unit", "margin")
+                },
+                "sentence": wording.sentence(summary.get("sentence") or summary["reason"]),
+                "advice": wording.sentence(summary.get("advice")),
+                "effect": wording.effect_text(effect, summary["unit"]) if effect else "none",
                 "control": effect["control"] if effect else "",
                 "n": effect["n"] if effect else 0,
-                "cost": _cost_ratio(summary),
-                "link": (links or {}).get(summary["trial"]),
+                "cost": wording.cost_ratio(summary),
+                "link": (links or {}).get((summary["trial"], summary["preset"])),
             }
         )
     counts = {word: sum(row["verdict"] == word for row in rows) for word in wording.WORDS}
-    page = _templates().get_template(f"index.{format}")
+    page = templates().get_template(f"index.{format}")
     return page.render(rows=rows, counts=counts, meaning=wording.MEANING, style=_style()).strip() + "\n"
 
 
@@ -99,13 +99,14 @@ def verdict_html(verdict: Verdict) -> str:
         {"control": effect.control, "n": effect.n, "text": wording.effect_text(dataclasses.asdict(effect))}
         for effect in verdict.effects
     ]
-    return _templates().get_template("card.html").render(verdict=verdict, effects=effects)
+    return templates().get_template("card.html").render(verdict=verdict, effects=effects)
 
 
 @functools.cache
-def _templates() -> Environment:
+def templates() -> Environment:
+    """The page templates; HTML is escaped, `cell` makes text safe inside a Markdown table."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -115,6 +116,8 @@ def _templates() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    environment.filters["code"] = lambda text: Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+    environment.filters["sentence"] = wording.sentence
     environment.globals |= {"symbols": wording.SYMBOLS, "meaning": wording.MEANING, "Markup": Markup}
     return environment
 
@@ -127,304 +130,6 @@ def _style() -> str:
 
     text = (Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
     return Markup(text + "@media screen and (prefers-color-scheme: dark){" + dark_rules("svg") + "}\n")
-
-
-def _view(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that the page says, in words: what the HTML and the Markdown templates print."""
-    arms = summary["arms"]
-    primary = summary.get("setting") or next(arm["setting"] for arm in arms if not arm["null"])
-    effect = wording.weakest(summary["effects"])
-    return {
-        "summary": summary,
-        "primary": primary,
-        "word": summary["verdict"],
-        "url": wording.source_url(summary["source"]),
-        "margin": wording.margin_text(summary["margin"]),
-        "unit": summary["unit"],
-        "tiles": _tiles(summary, effect),
-        "axis": _axis(summary),
-        "sections": [
-            {"title": title, "rows": [_comparison(entry, key) for entry in summary.get(key, [])]}
-            for key, title in SECTIONS
-            if summary.get(key)
-        ],
-        "panels": _seed_panels(summary, primary),
-        "seed_tables": _seed_tables(summary),
-        "curve_panels": _curve_panels(summary, primary),
-        "costs": _costs(summary, primary),
-        "stages": _stages(summary.get("stages") or []),
-        "items": summary.get("items") or [],
-        "arm_rows": [_arm_row(arm, summary) for arm in arms],
-        "provenance": _provenance(summary),
-        "tuning": _pairs(summary["tuning"]),
-        "failures": summary.get("failures") or [],
-        "threats": summary.get("threats") or [],
-        "full_trial_command": summary.get("full_trial_command"),
-    }
-
-
-def _tiles(summary: Mapping[str, Any], effect: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    tiles = []
-    if effect is not None:
-        many = len(summary["effects"]) > 1
-        against = f"against {effect['control']}" + (", the strongest control" if many else "")
-        value = wording.signed(effect["effect"], wording.effect_decimals(effect))
-        tiles.append({"label": f"Effect, {summary['unit']}" if summary["unit"] else "Effect", "value": value, "note": against})
-        tiles.append(
-            {
-                "label": "95 % interval",
-                "value": wording.interval(effect).strip("[]").replace(", ", " to ") or "none",
-                "note": effect.get("reason") or f"margin {wording.margin_text(summary['margin'])}",
-            }
-        )
-        over = {"seed": "seeds", "item": "items", "seed x item": "seeds and items", "model": "models"}[summary["replicate"]]
-        tiles.append({"label": f"Replicates, {over}", "value": f"{effect['n']:,}", "note": effect.get("method") or ""})
-    ratio = _cost_ratio(summary)
-    if ratio:
-        tiles.append({"label": "Cost ratio", "value": ratio.split(" ", 1)[0], "note": ratio.split(" ", 1)[1]})
-    return tiles
-
-
-def _cost_ratio(summary: Mapping[str, Any]) -> str:
-    """The most telling ratio, treatment over the strongest control: time where it was measured, else the first unit."""
-    ratios = {unit: value for unit, value in summary["cost_ratio"].items() if value is not None}
-    budgets = set((summary.get("budget") or {}).values())
-    for unit in ("wall_seconds", "seconds", "cpu_seconds", "flops", *[unit for unit in ratios if unit not in budgets], *ratios):
-        if unit in ratios:
-            return f"{wording.ratio_text(ratios[unit])} {wording.COST_NAMES.get(unit, unit)}"
-    return ""
-
-
-def _axis(summary: Mapping[str, Any]) -> str:
-    scale = {"log": "log ratio", "logit": "difference in log odds"}.get(summary.get("scale") or "identity")
-    unit = scale or summary["unit"] or summary["endpoint"].replace("_", " ")
-    return f"{unit}, right is better"
-
-
-def _comparison(entry: Mapping[str, Any], key: str) -> dict[str, Any]:
-    notes = [entry.get("null_word"), entry.get("reason")]
-    without = entry.get("without_diverged")
-    if without and without[0] is not None:
-        left_out = dict(zip(("effect", "low", "high"), without))
-        notes.append(f"without diverged pairs {wording.effect_text(left_out)}")
-    values = [entry.get("control_mean"), entry.get("treatment_mean")]
-    places = wording.decimals(*values)
-    return {
-        "control": entry["control"],
-        "setting": entry.get("setting") or "",
-        "endpoint": entry.get("endpoint") or "",
-        "unit": entry.get("unit") or "",
-        "control_mean": "–" if values[0] is None else wording.plain(values[0], places),
-        "treatment_mean": "–" if values[1] is None else wording.plain(values[1], places),
-        "effect": wording.signed(entry["effect"], wording.effect_decimals(entry)),
-        "interval": wording.interval(entry) or "none",
-        "margin": wording.margin_text(entry.get("margin")) if key not in ("secondary", "references") else "–",
-        "n": f"{entry['n']:,}",
-        "note": "; ".join(note for note in notes if note),
-    }
-
-
-def _forest_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    groups: dict[tuple[str, str], list[Any]] = {}
-    for key in ("effects", "settings", "null_effects", "references"):
-        for entry in summary.get(key, []):
-            if entry.get("endpoint") in (None, summary["endpoint"]):
-                groups.setdefault((key, entry.get("setting") or ""), []).append(entry)
-    for (key, setting), entries in groups.items():
-        heading = {
-            "effects": "This decides" if setting in ("", "main") else f"{setting}: this decides",
-            "settings": f"{setting}: another setting",
-            "null_effects": f"{setting}: negative control, must show nothing",
-            "references": "Reference, never decides",
-        }[key]
-        heading = heading[0].upper() + heading[1:]
-        rows.append({"heading": heading})
-        for entry in entries[:30]:
-            text = wording.effect_text(entry) if entry["effect"] is not None else "undefined"
-            label = f"against {entry['control']}"
-            rows.append(
-                {**{k: entry[k] for k in ("effect", "low", "high")}, "label": label, "text": text, "null": key == "null_effects"}
-            )
-    return rows
-
-
-def _seed_panels(summary: Mapping[str, Any], primary: str) -> list[dict[str, Any]]:
-    """One panel per setting and control, the deciding setting first: pairs of values of the same seed."""
-    arms = {(arm["setting"], arm["arm"]): arm for arm in summary["arms"]}
-    panels = []
-    name, better = summary["endpoint"], summary["better"]
-    for setting in sorted({arm["setting"] for arm in summary["arms"]}, key=lambda s: (s != primary, s)):
-        treated = arms.get((setting, summary["treatment"]))
-        for arm in summary["arms"]:
-            if treated is None or arm["setting"] != setting or arm["role"] != "control":
-                continue
-            theirs = dict(zip(arm["seeds"], arm["endpoints"].get(name, [])))
-            ours = dict(zip(treated["seeds"], treated["endpoints"].get(name, [])))
-            pairs = [
-                (theirs[seed], ours[seed])
-                for seed in theirs
-                if theirs[seed] is not None and ours.get(seed) is not None
-            ]
-            if not pairs:
-                continue
-            won = sum((b > a) if better == "higher" else (b < a) for a, b in pairs)
-            panels.append(
-                {
-                    "title": f"against {arm['arm']}",
-                    "subtitle": f"{won:,} of {len(pairs):,} better" + ("" if setting == primary else f" · {setting}"),
-                    "setting": setting,
-                    "null": arm["null"],
-                    "control": arm["arm"],
-                    "pairs": pairs,
-                    "won": won,
-                }
-            )
-    return panels
-
-
-def _seed_tables(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Per setting: a row a seed, a column an arm, the values of the endpoint as measured."""
-    tables = []
-    for setting in dict.fromkeys(arm["setting"] for arm in summary["arms"]):
-        arms = [arm for arm in summary["arms"] if arm["setting"] == setting]
-        values = [dict(zip(arm["seeds"], arm["endpoints"].get(summary["endpoint"], []))) for arm in arms]
-        diverged = [{entry["seed"] for entry in arm["diverged"]} for arm in arms]
-        seeds = sorted({seed for entry in values for seed in entry})
-        places = wording.decimals(*[value for entry in values for value in list(entry.values())[:MOST_ROWS]])
-        rows = []
-        for seed in seeds[:MOST_ROWS]:
-            cells = []
-            for entry, lost in zip(values, diverged):
-                value = entry.get(seed)
-                text = "–" if value is None else wording.plain(value, max(places, 3))
-                cells.append(text + (" (diverged)" if seed in lost else ""))
-            rows.append({"seed": seed, "cells": cells})
-        tables.append({"setting": setting, "arms": [arm["arm"] for arm in arms], "rows": rows, "left_out": len(seeds) - len(rows)})
-    return tables
-
-
-def _curve_panels(summary: Mapping[str, Any], primary: str) -> list[dict[str, Any]]:
-    means = summary.get("curve_means") or []
-    metrics = list(dict.fromkeys(entry["metric"] for entry in means))
-    if not metrics:
-        return []
-    metric = summary["endpoint"] if summary["endpoint"] in metrics else metrics[0]
-    unit = f", {summary['unit']}" if metric == summary["endpoint"] and summary["unit"] not in ("", metric.replace("_", " ")) else ""
-    panels = []
-    for setting in sorted({entry["setting"] for entry in means}, key=lambda s: (s != primary, s))[:5]:
-        chosen = [entry for entry in means if entry["setting"] == setting and entry["metric"] == metric and entry["points"]]
-        if not chosen:
-            continue
-        most = max(1, (48 if setting == primary else 24) // len(chosen))
-        seeds: list[dict[str, Any]] = []
-        for entry in chosen:
-            own = [
-                curve
-                for curve in summary.get("curves") or []
-                if (curve["setting"], curve["metric"], curve["arm"]) == (setting, metric, entry["arm"])
-            ]
-            seeds += own[:most]
-        xs = [point[0] for entry in chosen for point in entry["points"]]
-        start = min(xs) + 0.08 * (max(xs) - min(xs))
-        drawn = [point for entry in [*chosen, *seeds] for point in entry["points"]]
-        values = [y for x, y in drawn if x >= start] or [y for _, y in drawn]
-        pad = 0.06 * (max(values) - min(values) or abs(max(values)) or 1.0)
-        domain = (min(values) - pad, max(values) + pad)
-        panels.append(
-            {
-                "title": "Deciding setting" if setting == "main" else setting,
-                "x_title": wording.COST_NAMES.get((summary.get("budget") or {}).get(setting, ""), "budget"),
-                "y_title": metric.replace("_", " ") + unit,
-                "domain": domain,
-                "cut": any(not domain[0] <= y <= domain[1] for _, y in drawn),
-                "seeds": seeds,
-                "means": chosen,
-                "all_seeds": sum(entry["seeds"] for entry in chosen),
-            }
-        )
-    return panels
-
-
-def _costs(summary: Mapping[str, Any], primary: str) -> dict[str, Any]:
-    """Mean cost of a run, a row an arm of the deciding setting; for controls also treatment / control."""
-    arms = [arm for arm in summary["arms"] if arm["setting"] == primary]
-    order = (*COST_UNITS, "wall_seconds", "cpu_seconds", "peak_bytes")
-    units = [unit for unit in order if any(unit in arm["cost"] for arm in arms)]
-    units += sorted({unit for arm in arms for unit in arm["cost"]} - set(units))
-    treated = next((arm for arm in arms if arm["arm"] == summary["treatment"]), None)
-    rows = []
-    for arm in sorted(arms, key=lambda arm: arm is not treated):
-        cells = []
-        for unit in units:
-            value = arm["cost"].get(unit)
-            ratio = ""
-            if treated is not None and arm is not treated and value and treated["cost"].get(unit) is not None:
-                ratio = wording.ratio_text(treated["cost"][unit] / value)
-            cells.append({"value": wording.cost_text(unit, value), "ratio": ratio})
-        rows.append({"arm": arm["arm"], "role": arm["role"], "cells": cells})
-    held = (summary.get("budget") or {}).get(primary)
-    return {"units": [{"name": wording.COST_NAMES.get(unit, unit), "held": unit == held} for unit in units], "rows": rows}
-
-
-def _stages(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    columns = list(dict.fromkeys(key for stage in stages for key in stage))
-    rows = [[_stage_cell(key, stage.get(key)) for key in columns] for stage in stages[:MOST_ROWS]]
-    return {"columns": [column.replace("_", " ") for column in columns], "rows": rows, "left_out": len(stages) - len(rows)}
-
-
-def _stage_cell(key: str, value: Any) -> str:
-    if isinstance(value, (int, float)) and key.endswith(("seconds", "bytes")):
-        return wording.cost_text(key, value)
-    return _text(value)
-
-
-def _arm_row(arm: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
-    values = [value for value in arm["endpoints"].get(summary["endpoint"], []) if value is not None]
-    return {
-        **{key: arm[key] for key in ("arm", "setting", "role", "about", "divergences")},
-        "n": len(values),
-        "mean": wording.plain(sum(values) / len(values)) if values else "undefined",
-        "options": ", ".join(f"{key}={_text(value)}" for key, value in arm["options"].items()),
-        "failed": len(arm["failed"]),
-        "reasons": list(dict.fromkeys([entry["reason"] for entry in [*arm["diverged"], *arm["undefined"]]]))[:5],
-    }
-
-
-def _provenance(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    totals = summary.get("totals") or {}
-    ran = f"{totals['runs']:,} runs, {wording.duration(totals['wall_seconds'])} of wall time together" if totals else ""
-    return [
-        (name, text)
-        for name, text in (
-            ("Date", summary["date"]),
-            ("Preset", summary["preset"]),
-            ("Runs", ran),
-            ("Inputs", ", ".join(f"{key} {_text(value)}" for key, value in summary["inputs"].items())),
-            ("Interval", summary["interval_method"] or "none"),
-            ("Hardware", ", ".join(f"{key.replace('_', ' ')} {_text(value)}" for key, value in summary["hardware"].items())),
-            ("Versions", ", ".join(f"{key} {_text(value)}" for key, value in summary["versions"].items())),
-        )
-        if text
-    ]
-
-
-def _pairs(mapping: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    return [(key.replace("_", " "), _text(value)) for key, value in (mapping or {}).items()]
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list):
-        return ", ".join(_text(entry) for entry in value) or "none"
-    if isinstance(value, dict):
-        return "; ".join(f"{key}: {_text(entry)}" for key, entry in value.items()) or "none"
-    return str(value)
 
 
 def _figures(summary: Mapping[str, Any], view: Mapping[str, Any]) -> dict[str, Any]:
@@ -440,14 +145,18 @@ def _figures(summary: Mapping[str, Any], view: Mapping[str, Any]) -> dict[str, A
         }
 
     figures: dict[str, Any] = {"forest": None, "seeds": None, "curves": None, "legend": []}
-    rows = _forest_rows(summary)
+    rows = forest_rows(summary)
     if any(row.get("effect") is not None for row in rows):
         words = "; ".join(f"{row['label']}: {row['text']}" for row in rows if "label" in row)
         figures["forest"] = both(
             "forest",
             f"Effects with 95 % intervals, margin {view['margin']}. {words}",
             lambda width: charts.forest(
-                rows, margin=summary["margin"], kind=summary.get("kind") or "superiority", title=view["axis"], width=width
+                rows,
+                margin=summary["margin"],
+                kind=summary.get("kind") or "superiority",
+                title=view["axis"],
+                width=width,
             ),
         )
     panels = view["panels"][:MOST_PANELS]
@@ -468,9 +177,13 @@ def _figures(summary: Mapping[str, Any], view: Mapping[str, Any]) -> dict[str, A
             for panel in shown
             for entry in panel["means"]
         )
-        figures["curves"] = both("curves", f"Learning curves. {words}", lambda width: charts.curves(shown, styles, width=width))
+        figures["curves"] = both(
+            "curves", f"Learning curves. {words}", lambda width: charts.curves(shown, styles, width=width)
+        )
         figures["legend"] = [
-            {"arm": arm, "colour": colour, "dash": " ".join(map(str, dash))} for arm, (colour, dash) in styles.items() if arm in arms
+            {"arm": arm, "colour": colour, "dash": " ".join(map(str, dash))}
+            for arm, (colour, dash) in styles.items()
+            if arm in arms
         ]
         drawn, total = sum(len(panel["seeds"]) for panel in shown), sum(panel["all_seeds"] for panel in shown)
         notes = [f"{drawn:,} of {total:,} single curves are drawn; the means are over all."] if drawn < total else []

@@ -17,7 +17,9 @@ from trialist.engine.identity import _code_digest, digest
 RECORD = "stage.json"
 
 
-def stage(root: Path, name: str, inputs: tuple, build: Callable[[Path], Any], *, source: str, versions: dict[str, str]) -> Path:
+def stage(
+    root: Path, name: str, inputs: tuple, build: Callable[[Path], Any], *, source: str, versions: dict[str, str]
+) -> Path:
     """The folder of the artefact, built by `build(folder)` under a lock by whoever comes first.
 
     Its key is the content that went in: name, inputs (scalars, frozen dataclasses), the builder's source and the source of
@@ -25,7 +27,9 @@ def stage(root: Path, name: str, inputs: tuple, build: Callable[[Path], Any], *,
     """
     from filelock import FileLock
 
-    key = digest({"name": name, "inputs": inputs, "builder": _builder_digest(build), "source": source, "versions": versions}, 12)
+    key = digest(
+        {"name": name, "inputs": inputs, "builder": _builder_digest(build), "source": source, "versions": versions}, 12
+    )
     folder = root / f"{name}-{key}"
     if (folder / RECORD).is_file():
         return folder

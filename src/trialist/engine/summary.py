@@ -1,13 +1,12 @@
-"""One JSON document per trial: what was claimed, what was measured, what it cost. Reports and evidence are rendered from it.
+"""One JSON document per trial: what was claimed, measured and spent. Reports and evidence are rendered from it.
 
-Effects keep the orientation of the statistics (positive is better); the values of the arms are raw. Undefined is null, and
-the reason stands beside it.
+Effects keep the orientation of the statistics (positive is better); the values of the arms are raw. Undefined is null,
+and the reason stands beside it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from trialist.engine.contract import Arm, Endpoint, Trial
 from trialist.engine.home import write_atomic
+from trialist.engine.plain import clean, dump_json
 from trialist.engine.records import Effect, RunRecord, Verdict, primary_setting, settings_of
 
 SCHEMA = 1
@@ -94,14 +94,18 @@ def summarize(
     full_trial_command: str | None,
     stages: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The document, clean JSON throughout. `endpoint` and `margin` are those that decided; None means those of the claim."""
+    """The document, clean JSON throughout. `endpoint` and `margin` are those that decided; None: those of the claim."""
     arms = list(arms)
     claim = trial.claim
     decisive = _endpoint(claim.endpoints, endpoint) or claim.endpoint
     names = list(dict.fromkeys([decisive.name, *(entry.name for entry in claim.endpoints)]))
     grouped: dict[tuple[str, str], dict[int, RunRecord]] = {(arm.setting, arm.name): {} for arm in arms}
     for run in runs:
-        if run.purpose == "trial" and run.status in ("done", "diverged", "failed") and (run.setting, run.arm) in grouped:
+        if (
+            run.purpose == "trial"
+            and run.status in ("done", "diverged", "failed")
+            and (run.setting, run.arm) in grouped
+        ):
             known = grouped[run.setting, run.arm].get(run.seed)
             if known is None or known.outcome is None or run.outcome is not None:
                 grouped[run.setting, run.arm][run.seed] = run
@@ -177,7 +181,7 @@ def summarize(
 
 
 def evidence_document(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a summary that is committed: no failures' tracebacks, no curves of single seeds, their means thinned."""
+    """The part of a summary that is committed: no tracebacks, no curves of single seeds, their means thinned."""
     document = {key: summary[key] for key in EVIDENCE_KEYS}
     document |= {key: summary[key] for key in CONTEXT_KEYS if key in summary}
     document["curve_means"] = [
@@ -190,46 +194,10 @@ def evidence_document(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_evidence(summary: Mapping[str, Any], folder: str | Path, name: str) -> Path:
-    """Writes `folder/<trial>/<name>.json` whole or not at all, and returns its path."""
+    """Writes `folder/<name>.json` whole or not at all, and returns its path; `folder` is `evidence/<trial>`."""
     if not name or "/" in name or "\\" in name or name.startswith("."):
         raise ValueError(f"evidence name {name!r} is no file name; pass one without slashes, for example `tiny`")
-    return write_atomic(Path(folder) / summary["trial"] / f"{name}.json", dump_json(evidence_document(summary)))
-
-
-def dump_json(value: Any) -> str:
-    """Indented JSON in which a list of scalars (or of points) keeps to one line; ends in a newline. Refuses NaN."""
-
-    def flat(entry: Any) -> bool:
-        return not isinstance(entry, (dict, list))
-
-    def text(entry: Any, indent: str) -> str:
-        inner = indent + "  "
-        if isinstance(entry, dict) and entry:
-            lines = [f"{inner}{json.dumps(key, ensure_ascii=False)}: {text(item, inner)}" for key, item in entry.items()]
-            return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-        points = isinstance(entry, list) and all(flat(i) or (isinstance(i, list) and all(map(flat, i))) for i in entry)
-        if isinstance(entry, list) and entry and not points:
-            return "[\n" + ",\n".join(inner + text(item, inner) for item in entry) + f"\n{indent}]"
-        return json.dumps(entry, ensure_ascii=False, allow_nan=False)
-
-    return text(value, "") + "\n"
-
-
-def clean(value: Any) -> Any:
-    """The value as plain JSON types: tuples become lists, keys strings, numbers that are not finite null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): clean(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [clean(entry) for entry in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: clean(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if hasattr(value, "tolist"):  # numpy scalars and arrays
-        return clean(value.tolist())
-    return str(value)
+    return write_atomic(Path(folder) / f"{name}.json", dump_json(evidence_document(summary)))
 
 
 def _endpoint(endpoints: Sequence[Endpoint], wanted: Endpoint | str | None) -> Endpoint | None:
@@ -245,9 +213,7 @@ def _effects(effects: Sequence[Effect], endpoints: Sequence[Endpoint]) -> list[d
     for effect in effects:
         entry = {"control": effect.control, **dataclasses.asdict(effect)}
         lost = [
-            key
-            for key in ("effect", "low", "high")
-            if isinstance(entry[key], float) and not math.isfinite(entry[key])
+            key for key in ("effect", "low", "high") if isinstance(entry[key], float) and not math.isfinite(entry[key])
         ]
         if lost and not entry["reason"]:
             entry["reason"] = f"{' and '.join(lost)} not finite"
@@ -284,7 +250,9 @@ def _arm(arm: Arm, by_seed: Mapping[int, RunRecord], names: Sequence[str]) -> di
         "endpoints": endpoints,
         "undefined": undefined,
         "divergences": sum(run.status == "diverged" for run in runs),
-        "diverged": [{"seed": run.seed, "reason": run.outcome.diverged} for run in runs if run.outcome and run.outcome.diverged],
+        "diverged": [
+            {"seed": run.seed, "reason": run.outcome.diverged} for run in runs if run.outcome and run.outcome.diverged
+        ],
         "failed": [seed for seed in sorted(by_seed) if by_seed[seed].status == "failed"],
         "cost": _mean_cost(runs),
         "runs": [run.id for run in runs],
@@ -340,13 +308,15 @@ def _curves(
                     by_metric.setdefault(metric, []).append((seed, finite))
         for metric, curves in by_metric.items():
             place = {"setting": arm.setting, "arm": arm.name, "metric": metric}
-            kept += [place | {"seed": seed, "points": _thin(points, CURVE_POINTS)} for seed, points in curves[:KEPT_CURVES]]
+            kept += [
+                place | {"seed": seed, "points": _thin(points, CURVE_POINTS)} for seed, points in curves[:KEPT_CURVES]
+            ]
             means.append(place | {"seeds": len(curves), "points": _mean_curve([points for _, points in curves])})
     return kept, means
 
 
 def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[list[float]]:
-    """Mean over seeds at common budgets; where seeds were evaluated at different ones, interpolated inside the range of all."""
+    """Mean over seeds at common budgets; interpolated inside the range of all where seeds differ in theirs."""
     import numpy as np
 
     first = np.array([x for x, _ in curves[0]])
@@ -369,15 +339,19 @@ def _items(
     verdict: Verdict,
     primary: str,
 ) -> list[dict[str, Any]]:
-    """Per control of the primary setting: how many items the treatment wins, loses and ties, and the largest of each."""
-    scores = {arm.name: _item_scores(grouped[primary, arm.name].values(), endpoint.name) for arm in arms if arm.setting == primary}
+    """Per control of the primary setting: items won, lost and tied by the treatment, and the largest changes."""
+    scores = {
+        arm.name: _item_scores(grouped[primary, arm.name].values(), endpoint.name)
+        for arm in arms
+        if arm.setting == primary
+    }
     treatment = scores.get(verdict.treatment, {})
     sign = 1 if endpoint.better == "higher" else -1
     found = []
     for arm in arms:
         if arm.setting != primary or arm.role != "control" or not scores[arm.name]:
             continue
-        gains = [
+        gains: list[dict[str, Any]] = [
             {"id": item, "gain": sign * (treatment[item] - score), "control": score, "treatment": treatment[item]}
             for item, score in scores[arm.name].items()
             if item in treatment

@@ -1,4 +1,4 @@
-"""One number from a trade-off curve (quality against size, accuracy against tokens), inside a range fixed beforehand."""
+"""One number from a trade-off curve (quality against size, accuracy against tokens), in a range fixed beforehand."""
 
 from __future__ import annotations
 

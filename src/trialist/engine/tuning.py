@@ -85,14 +85,22 @@ def choose(prepared: Prepared, records: Sequence[RunRecord]) -> Tuned:
     assert tuning is not None
     metric = tuning.metric
     sign = 1.0 if metric.better == "higher" else -1.0
-    rows, scores = [], {}
+    rows: list[dict[str, Any]] = []
+    scores: dict[tuple[str, str], list[float]] = {}
     for record in records:
         knobs = next(arm.tune for arm in prepared.arms if arm.name == record.arm and arm.tune) or {}
         point = {knob: record.options[knob] for knob in knobs}
         usable = record.status == "done" and record.outcome is not None and metric.name in record.outcome.metrics
         value = record.outcome.metrics[metric.name] if usable and record.outcome is not None else None
         rows.append(
-            {"run": record.id, "arm": record.arm, "options": point, "seed": record.seed, "status": record.status, metric.name: value}
+            {
+                "run": record.id,
+                "arm": record.arm,
+                "options": point,
+                "seed": record.seed,
+                "status": record.status,
+                metric.name: value,
+            }
         )
         key = (record.arm, json.dumps(point, sort_keys=True))
         scores.setdefault(key, []).append(float("-inf") if value is None else sign * value)
@@ -103,5 +111,7 @@ def choose(prepared: Prepared, records: Sequence[RunRecord]) -> Tuned:
             best[arm] = (mean, json.loads(point))
     for arm, (mean, _) in best.items():
         if mean == float("-inf"):
-            raise ValueError(f"tuning of arm {arm!r} has no usable try: every point diverged or failed; `trialist runs` shows why")
+            raise ValueError(
+                f"tuning of arm {arm!r} has no usable try: every point diverged or failed; `trialist runs` shows why"
+            )
     return Tuned({arm: point for arm, (_, point) in best.items()}, tuple(rows), "this ledger")

@@ -70,13 +70,14 @@ def interval(effect: Mapping[str, Any]) -> str:
     return f"[{signed(effect['low'], places)}, {signed(effect['high'], places)}]"
 
 
-def effect_text(effect: Mapping[str, Any]) -> str:
-    """`+0.31 [+0.28, +0.34]`, or why it is undefined."""
+def effect_text(effect: Mapping[str, Any], unit: str = "") -> str:
+    """`+0.31 [+0.28, +0.34] nats`, or why it is undefined."""
     if effect.get("effect") is None:
         return f"undefined: {effect.get('reason') or 'no value'}"
     spread = interval(effect)
     missing = "no interval" + (f": {effect['reason']}" if effect.get("reason") else "")
-    return f"{signed(effect['effect'], effect_decimals(effect))} {spread or f'({missing})'}"
+    text = f"{signed(effect['effect'], effect_decimals(effect))} {spread or f'({missing})'}"
+    return f"{text} {unit}" if unit else text
 
 
 def margin_text(value: float | None) -> str:
@@ -117,10 +118,35 @@ def cost_text(unit: str, value: float | None) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else plain(value)
 
 
+def sentence(text: str | None) -> str:
+    """The text with a full stop, and a capital where its first word is an ordinary one (`d2po` and `GRPO` stay)."""
+    text = (text or "").strip()
+    if text.partition(" ")[0].rstrip(",:;.").isalpha() and text[:1].islower() and text.partition(" ")[0].islower():
+        text = text[0].upper() + text[1:]
+    return text if not text or text.endswith((".", "!", "?")) else text + "."
+
+
 def weakest(effects: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The effect against the control that is hardest to beat; an undefined one is the hardest."""
     undefined = [effect for effect in effects if effect.get("effect") is None]
     return undefined[0] if undefined else min(effects, key=lambda effect: effect["effect"], default=None)
+
+
+def cost_ratio(document: Mapping[str, Any]) -> str:
+    """The most telling ratio, treatment over the strongest control, with its unit: time where it was measured."""
+    ratios = {unit: value for unit, value in document["cost_ratio"].items() if value is not None}
+    held = set((document.get("budget") or {}).values())
+    for unit in (
+        "wall_seconds",
+        "seconds",
+        "cpu_seconds",
+        "flops",
+        *[unit for unit in ratios if unit not in held],
+        *ratios,
+    ):
+        if unit in ratios:
+            return f"{ratio_text(ratios[unit])} {COST_NAMES.get(unit, unit)}"
+    return ""
 
 
 def source_url(source: str) -> str | None:

@@ -54,8 +54,8 @@ def find_arm(trial: Trial, name: str, setting: str) -> Arm:
     raise ValueError(f"{type(trial).__name__} has no arm {name!r} in setting {setting!r} for these inputs")
 
 
-def perform(task: Task, send: Any = None) -> tuple[dict[str, Any], dict[str, float]]:
-    """Runs the task in this process; returns the outcome as JSON and the measured cost."""
+def perform(task: Task, send: Any = None) -> tuple[dict[str, Any], dict[str, float], list[str]]:
+    """Runs the task in this process; returns the outcome as JSON, the measured cost and the stages it used."""
     trial = load_path(task.path)(**task.inputs)
     arm = find_arm(trial, task.arm, task.setting).with_options(**task.options)
     folder = Path(task.folder)
@@ -80,7 +80,7 @@ def perform(task: Task, send: Any = None) -> tuple[dict[str, Any], dict[str, flo
         "peak_bytes": float(peak_bytes()),
         "threads": float(task.threads),
     }
-    return outcome_to_json(outcome), measured
+    return outcome_to_json(outcome), measured, context.used_stages
 
 
 def peak_bytes() -> int:
@@ -109,8 +109,7 @@ def work(task: Task, connection: Connection) -> None:
                 last = now
                 connection.send(message)
 
-        outcome, measured = perform(task, send)
-        connection.send(("outcome", outcome, measured))
+        connection.send(("outcome", *perform(task, send)))
     except BaseException as error:
         code = 1
         with contextlib.suppress(OSError):  # the parent is gone, and the watching thread ends us

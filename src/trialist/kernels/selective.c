@@ -231,20 +231,17 @@ INLINE void tile_penalty(const Problem *p, int b, int i, int j, int kind, const 
     }
 }
 
-static void transpose_blocks(const Problem *p, const float *from, float *to, float scale) {
+/* One block of columns: from (columns, D) to (D, BLOCK), zero beyond S. */
+static void transpose_block(const Problem *p, const float *from, float *to, float scale, long task) {
     int blocks = column_blocks(p);
-    long tasks = (long)p->B * p->G * blocks;
-#pragma omp parallel for num_threads(p->threads) schedule(static)
-    for (long task = 0; task < tasks; task++) {
-        long head = task / blocks, j = task % blocks;
-        int columns = least(BLOCK, p->S - j * BLOCK);
-        const float *source = from + (head * p->S + j * BLOCK) * p->D;
-        float *target = to + task * p->D * BLOCK;
-        if (columns < BLOCK) memset(target, 0, sizeof(float) * p->D * BLOCK);
-        for (int d0 = 0; d0 < p->D; d0 += 16)
-            for (int c = 0; c < columns; c++)
-                for (int d = d0; d < d0 + 16; d++) target[d * BLOCK + c] = source[c * p->D + d] * scale;
-    }
+    long head = task / blocks, j = task % blocks;
+    int columns = least(BLOCK, p->S - j * BLOCK);
+    const float *source = from + (head * p->S + j * BLOCK) * p->D;
+    float *target = to + task * p->D * BLOCK;
+    if (columns < BLOCK) memset(target, 0, sizeof(float) * p->D * BLOCK);
+    for (int d0 = 0; d0 < p->D; d0 += 16)
+        for (int c = 0; c < columns; c++)
+            for (int d = d0; d < d0 + 16; d++) target[d * BLOCK + c] = source[c * p->D + d] * scale;
 }
 
 static float *scratch(size_t floats) { return aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64); }
@@ -322,7 +319,9 @@ static void softmax_tile(int rows, int D, float *logits, const float *bias, floa
 int selective_forward(const Problem *p) {
     int blocks = query_blocks(p), failed, H = p->H, D = p->D, group = p->H / p->G;
     long tasks = (long)p->B * blocks;
-    transpose_blocks(p, p->k, p->kt, p->scaling);
+#pragma omp parallel for num_threads(p->threads) schedule(static)
+    for (long task = 0; task < (long)p->B * p->G * column_blocks(p); task++)
+        transpose_block(p, p->k, p->kt, p->scaling, task);
     failed = block_sums(p);
 #pragma omp parallel num_threads(p->threads)
     {
@@ -390,16 +389,22 @@ static void gradient_tile(int rows, float *logits, float *d_weights, const float
 int selective_backward(const Problem *p) {
     int blocks = query_blocks(p), spans = column_blocks(p), failed = 0, H = p->H, D = p->D, group = p->H / p->G;
     long size = (long)p->B * H * p->T * D, tasks = (long)p->B * p->parts;
-    transpose_blocks(p, p->k, p->kt, p->scaling);
-    transpose_blocks(p, p->v, p->vt, 1.0f);
-#pragma omp parallel for num_threads(p->threads) schedule(static)
-    for (long head = 0; head < (long)p->B * H; head++)
-        for (int t = 0; t < p->T; t++) {
-            const float *out = p->out + ((head / H * p->T + t) * H + head % H) * D, *d_out = p->d_out + (head * p->T + t) * D;
-            float sum = 0.0f;
-            for (int d = 0; d < D; d++) sum += out[d] * d_out[d];
-            p->delta[head * p->T + t] = sum;
+#pragma omp parallel num_threads(p->threads)
+    {
+#pragma omp for schedule(static) nowait
+        for (long task = 0; task < (long)p->B * p->G * spans; task++) {
+            transpose_block(p, p->k, p->kt, p->scaling, task);
+            transpose_block(p, p->v, p->vt, 1.0f, task);
         }
+#pragma omp for schedule(static) nowait
+        for (long row = 0; row < (long)p->B * H * p->T; row++) {
+            long head = row / p->T, t = row % p->T;
+            const float *out = p->out + ((head / H * p->T + t) * H + head % H) * D, *d_out = p->d_out + row * D;
+            vec sum = {0};
+            for (int d = 0; d < D; d += LANES) sum += load(out + d) * load(d_out + d);
+            p->delta[row] = total(sum);
+        }
+    }
 #pragma omp parallel num_threads(p->threads)
     {
         const long tile = BLOCK * BLOCK, heads = (long)p->G * BLOCK * D;

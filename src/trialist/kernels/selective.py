@@ -55,8 +55,7 @@ def selective_attention(
     F is accumulated in float32 (float64 for float64 inputs). Differentiable once in query, key and value, also through F.
     Raises ValueError for shapes that do not fit.
     """
-    B, H, T, _ = query.shape
-    S = key.shape[2]
+    B, S = query.shape[0], key.shape[2]
     _check(query, key, value, attention_mask, selector_head, protect, penalty, dropout, backend)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     if protect is None:
@@ -120,14 +119,18 @@ def _check(query, key, value, mask, selector_head, protect, penalty, dropout, ba
             "with the query's B and D, and a number of heads G that divides the query's heads"
         )
     if S < T:
-        raise ValueError(f"key has {S} columns for {T} queries; the queries must be the last columns, so pass at least {T}")
+        raise ValueError(
+            f"key has {S} columns for {T} queries; the queries must be the last columns, so pass at least {T}"
+        )
     if not 0 <= selector_head < H:
         raise ValueError(f"selector_head {selector_head} is not among the {H} query heads (0 to {H - 1})")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout is {dropout}, wanted a probability in [0, 1)")
     if mask is not None:
         if mask.dim() != 4 or any(m not in (1, n) for m, n in zip(mask.shape, (B, H, T, S))):
-            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, wanted one that broadcasts to {(B, H, T, S)}")
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}, wanted one that broadcasts to {(B, H, T, S)}"
+            )
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise ValueError(f"attention_mask is {mask.dtype}, wanted bool (True may attend) or an additive float mask")
     for name, tensor in (("protect", protect), ("penalty", penalty)):
@@ -202,7 +205,7 @@ class _SelectiveAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override, no-untyped-def]
         ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, protect: Tensor, penalty: Tensor,
         scaling: float, selector_head: int, rate: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -231,10 +234,13 @@ class _SelectiveAttention(torch.autograd.Function):
             logits.add_(bias[:, None]).masked_fill_(~allowed, lowest)
         else:
             logits.add_(bias.masked_fill_(~allowed[:, 0], lowest)[:, None])
+        cut = logits.dtype == torch.float32 and not logits.is_cuda
+        if cut:  # hidden tokens would get weights of 1e-40, and such denormals slow every later product tenfold on CPU
+            torch.maximum(logits, logits.amax(-1, keepdim=True) - 69.0, out=logits)
         weights = torch.softmax(logits, -1)
         del logits
-        if weights.dtype == torch.float32 and not weights.is_cuda:
-            torch.threshold_(weights, 1e-30, 0.0)  # hidden tokens have denormal weights, which slow products down tenfold
+        if cut:
+            torch.threshold_(weights, 1.1e-30, 0.0)  # e^-69
         weights = weights.to(query.dtype)
         kept = torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - rate) if rate > 0 else None
         dropped = weights if kept is None else weights * kept / (1 - rate)

@@ -54,7 +54,9 @@ def selective_attention_cpu(
     return out[..., :D].to(query.dtype), offsets[:, -1].detach().clone()
 
 
-def _call(function: str, tensors: dict[str, Tensor | None], shape: tuple[int, ...], scaling: float, selector: int) -> None:
+def _call(
+    function: str, tensors: dict[str, Tensor | None], shape: tuple[int, ...], scaling: float, selector: int
+) -> None:
     mask = tensors.pop("mask")
     problem = _Problem(**{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None})
     problem.B, problem.H, problem.G, problem.T, problem.S, problem.D = shape

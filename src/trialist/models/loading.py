@@ -5,21 +5,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
+from trialist.data import assets
 from trialist.models.selective_attention import enable_selective_attention
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
-GGUF_ASSETS = ("smollm2-135m-instruct",)
-"""Assets that are causal language models in one GGUF file"""
+MODEL_ASSETS = ("smollm2-135m-instruct",)
+"""Assets that are causal language models"""
 
 
 def load_model(model: str, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
@@ -44,10 +43,10 @@ def load_model(model: str, *, dtype: str = "float32", device: str = "cpu") -> Pr
 
 
 def model_source(model: str) -> str:
-    """What `from_pretrained` takes for `model`: the folder of an asset's dense copy, a checked local folder, or the
+    """What `from_pretrained` takes for `model`: an asset's folder, a checked local folder, or the
     Hub id."""
-    if model in GGUF_ASSETS:
-        return str(_dense_copy(model))
+    if model in MODEL_ASSETS:
+        return str(assets.path(model))
     folder = Path(model).expanduser()
     if folder.is_file():
         raise ValueError(f"model {model!r} is a file; give the folder that save_pretrained wrote")
@@ -78,45 +77,9 @@ def _contents(folder: Path) -> str:
 def _unreachable(model: str, error: OSError) -> str:
     return (
         f"model {model!r} could not be loaded: it is no local folder, no built-in name "
-        f"({', '.join(GGUF_ASSETS)}), and the "
+        f"({', '.join(MODEL_ASSETS)}), and the "
         f"Hugging Face Hub has no such model or cannot be reached from here ({str(error).strip().splitlines()[0]})"
     )
-
-
-def _dense_copy(asset: str) -> Path:
-    """The GGUF model of an asset as a plain float32 folder, written once to the cache.
-
-    The object loaded from GGUF calls itself quantised and cannot be saved or trained as it is.
-    """
-    from trialist.data import assets
-
-    target = assets.cache_folder() / "dense" / f"{asset}-{assets.ASSETS[asset].sha256[:12]}"
-    if target.is_dir():
-        return target
-    files = sorted(assets.path(asset).rglob("*.gguf"))
-    if not files:
-        raise FileNotFoundError(f"asset {asset!r} holds no .gguf file; run: trialist assets fetch {asset}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{asset}-", dir=target.parent))
-    try:
-        folder, name = str(files[0].parent), files[0].name
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-        config = type(model.config).from_dict(model.config.to_dict())
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        dense.load_state_dict(model.state_dict())
-        dense.generation_config = model.generation_config
-        dense.save_pretrained(staging)
-        AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(staging)
-        try:
-            staging.rename(target)
-        except OSError:
-            if not target.is_dir():  # otherwise another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return target
 
 
 def model_digest(model: str) -> str:
@@ -125,9 +88,7 @@ def model_digest(model: str) -> str:
     A folder's digest covers its config.json and every tensor's name, dtype, shape and bytes, so a model split over
     other files keeps it. Raises the errors of `load_model`.
     """
-    from trialist.data import assets
-
-    if model in GGUF_ASSETS:
+    if model in MODEL_ASSETS:
         return f"sha256:{assets.ASSETS[model].sha256}"
     source = model_source(model)
     if not Path(source).is_dir():

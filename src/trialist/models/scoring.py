@@ -153,18 +153,15 @@ _VERIFIED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _verified(model: Any, head: Head, inputs: dict[str, Any]) -> Tensor:
-    """Hidden states from one full forward pass whose logits at the last position confirm what `head` computes."""
-    captured: list[Tensor] = []
-    hook = model.base_model.register_forward_hook(lambda _module, _args, output: captured.append(output[0]))
+    """Hidden states of the backbone, after the model's own logits at the last position confirmed what `head` computes."""
+    device = inputs["input_ids"].device
     keep = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
-    try:
-        theirs = model(**inputs, **keep).logits[:, -1].detach().float()
-    finally:
-        hook.remove()
-    hidden = captured[0]
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        theirs = model(**inputs, **keep).logits[:, -1].float()
+    hidden = model.base_model(**inputs).last_hidden_state  # from the same random state, so with the same dropout
     with torch.no_grad():
         ours = head.logits(hidden[:, -1]).float()
-    tolerance = 0.02 * theirs.abs().amax().clamp(min=1e-3)
+    tolerance = 0.02 * theirs.nan_to_num().abs().amax().clamp(min=1e-3)
     if not torch.allclose(ours, theirs, rtol=0.0, atol=float(tolerance), equal_nan=True):
         raise ValueError(
             f"{type(model).__name__} turns hidden states into logits in a way that selected_logprobs does not know "
@@ -203,7 +200,8 @@ def _log_probs_of(head: Head, states: Tensor, targets: Tensor) -> tuple[Tensor, 
 
 
 class _LinearLogProbs(torch.autograd.Function):
-    """A linear head with scale and cap, in tiles of `rows` positions; the backward pass computes the logits again.
+    """A linear head with scale and cap, in tiles of `rows` positions. The backward pass computes the logits again unless
+    one tile holds them all.
 
     With p the distribution, y the target, H the entropy, and gradients g (log-probability) and e (entropy):
     dlogit = g (1[y] - p) - e p (log p + H).
@@ -219,23 +217,26 @@ class _LinearLogProbs(torch.autograd.Function):
         log_probs = torch.empty(len(states), dtype=wide, device=states.device)
         entropies = torch.empty_like(log_probs) if entropy else None
         normaliser = torch.empty_like(log_probs)
+        kept: tuple[Tensor | None, Tensor | None] = (None, None)
         with torch.autocast(states.device.type, enabled=False):
             matrix, offset = _cast(weight, dtype), _cast(bias, dtype)
             for start in range(0, len(states), rows):
                 part = slice(start, start + rows)
-                logits = _tile(states[part], matrix, offset, scale, softcap, dtype, wide)[0]  # (n, V)
+                logits, slope = _tile(states[part], matrix, offset, scale, softcap, dtype, wide)  # (n, V)
+                if len(states) <= rows:
+                    kept = (logits, slope)
                 normaliser[part] = logits.logsumexp(-1)
                 log_probs[part] = logits.gather(-1, targets[part, None])[:, 0] - normaliser[part]
                 if entropies is not None:
                     p = torch.softmax(logits, -1)
                     entropies[part] = normaliser[part] - p.mul_(logits).sum(-1)
-        ctx.save_for_backward(states, weight, bias, targets, normaliser, entropies)
+        ctx.save_for_backward(states, weight, bias, targets, normaliser, entropies, *kept)
         return (log_probs,) if entropies is None else (log_probs, entropies)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor | None = None) -> tuple:  # type: ignore[override]
-        states, weight, bias, targets, normaliser, entropies = ctx.saved_tensors
+        states, weight, bias, targets, normaliser, entropies, *kept = ctx.saved_tensors
         scale, softcap, rows, _, dtype, wide = ctx.settings
         need_states, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_states = torch.empty_like(states) if need_states else None
@@ -245,8 +246,11 @@ class _LinearLogProbs(torch.autograd.Function):
             matrix, offset = _cast(weight, dtype), _cast(bias, dtype)
             for start in range(0, len(states), rows):
                 part = slice(start, start + rows)
-                logits, slope = _tile(states[part], matrix, offset, scale, softcap, dtype, wide)
-                log_p = logits.sub_(normaliser[part, None])
+                if kept[0] is None:
+                    logits, slope = _tile(states[part], matrix, offset, scale, softcap, dtype, wide)
+                else:
+                    logits, slope = kept
+                log_p = logits - normaliser[part, None]
                 p = log_p.exp()
                 factor = -grad[part, None]  # (n, 1)
                 if grad_entropy is not None and entropies is not None:

@@ -315,8 +315,6 @@ def _plain(model: nn.Module) -> PreTrainedModel:
 def _refuse(model: PreTrainedModel, modules: dict[int, nn.Module], layers: Sequence[int]) -> None:
     """Words for every model that would silently compute something else."""
     name, config = type(model).__name__, model.config
-    if config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder; selective attention needs a causal decoder")
     if not modules:
         raise ValueError(
             f"{name} has no layer that uses the attention interface of transformers, so its attention cannot be "
@@ -395,6 +393,8 @@ def enable_selective_attention(
     plain = _plain(model)
     if is_selective(plain):
         raise ValueError("selective attention is enabled already; call disable_selective_attention first")
+    if plain.config.is_encoder_decoder:
+        raise ValueError(f"{type(plain).__name__} is an encoder-decoder; selective attention needs a causal decoder")
     modules = attention_modules(plain)
     chosen = sorted(modules) if layers is None else list(layers)
     if layers is not None and not chosen:

@@ -89,7 +89,10 @@ class SelectiveCacheLayer(_Penalty, DynamicLayer):
         self.penalty = penalty
 
     def crop(self, tokens_to_remove: int) -> None:
-        kept = self.get_seq_length() + tokens_to_remove
+        length = self.get_seq_length()
+        if tokens_to_remove > 0:  # the meaning in earlier versions of transformers: how many tokens to keep
+            tokens_to_remove = min(0, tokens_to_remove - length)
+        kept = length + tokens_to_remove
         if tokens_to_remove < 0 and self.is_initialized:
             if kept <= 0:
                 self.reset()
@@ -117,8 +120,8 @@ class SelectiveCacheLayer(_Penalty, DynamicLayer):
         return before
 
     def reset(self) -> None:
-        super().reset()
-        self.penalty = None
+        self.keys = self.values = self.penalty = None
+        self.is_initialized = False
         self.calls.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

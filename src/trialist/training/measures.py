@@ -39,14 +39,20 @@ def flops_counter(
 
 
 def batch_cost(batch: Mapping[str, Tensor], flops: Callable[[int], float] | None) -> dict[str, float]:
-    """`tokens`: input positions that are not padding; `flops`: of forward and backward, padding included."""
+    """`tokens`: input positions that are not padding; `flops`: of forward and backward, padding included.
+
+    Padding is what `attention_mask` says; without one, in packed rows, a position 0 that no position 1 follows.
+    """
     if "input_ids" not in batch:
         raise ValueError(f"a batch needs 'input_ids' to count its tokens; it has {', '.join(batch) or 'nothing'}")
-    input_ids, mask = batch["input_ids"], batch.get("attention_mask")
+    input_ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
+    tokens = input_ids.numel()
     if mask is not None and mask.shape == input_ids.shape:
-        cost = {"tokens": float(mask.sum())}
-    else:
-        cost = {"tokens": float(input_ids.numel())}
+        tokens = int(mask.sum())
+    elif positions is not None and positions.shape == input_ids.shape:
+        follows = nn.functional.pad(positions[:, 1:], (0, 1)) == 1
+        tokens -= int(((positions == 0) & ~follows).sum())
+    cost = {"tokens": float(tokens)}
     if flops is not None:
         cost["flops"] = TRAINING_TO_FORWARD * flops(input_ids.shape[-1]) * input_ids.numel()
     return cost

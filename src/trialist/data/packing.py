@@ -1,0 +1,127 @@
+"""Documents packed into rows of equal length; position ids restart at each document piece, and no piece sees another.
+
+A document that does not fit goes on in the next row: its new piece begins with the last token of the one before, as
+context that is not scored. So every token behind a BOS is scored exactly once and no row is padded but by single slots.
+"""
+
+# N rows, T slots per row, P pieces
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRows:
+    """Rows of packed documents, stored compactly; the properties and `rows` give int64 tensors."""
+
+    tokens: np.ndarray
+    """(N, T) token ids; padding repeats the first token of the first row"""
+    positions: np.ndarray
+    """(N, T) position within the piece; 0 for padding"""
+    pieces: np.ndarray
+    """(P, 3) document index, offset in the flattened rows, length"""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        return int(self.tokens.shape[1])
+
+    @property
+    def scored(self) -> int:
+        """Number of tokens whose prediction counts."""
+        return int(np.count_nonzero(self.positions))
+
+    @property
+    def input_ids(self) -> Tensor:
+        return torch.from_numpy(self.tokens.astype(np.int64))  # (N, T)
+
+    @property
+    def position_ids(self) -> Tensor:
+        return torch.from_numpy(self.positions.astype(np.int64))  # (N, T)
+
+    @property
+    def labels(self) -> Tensor:
+        """The token itself where its prediction counts, -100 at the first token of a piece and in padding."""
+        return torch.from_numpy(np.where(self.positions > 0, self.tokens.astype(np.int64), IGNORED))  # (N, T)
+
+    @property
+    def documents(self) -> Tensor:
+        """Index of the document that a slot belongs to, -1 in padding."""
+        owner = np.full(self.tokens.size, -1, np.int64)
+        for document, offset, size in self.pieces:
+            owner[offset : offset + size] = document
+        return torch.from_numpy(owner.reshape(self.tokens.shape))  # (N, T)
+
+    def rows(self, indices: Tensor | Sequence[int] | slice) -> dict[str, Tensor]:
+        """`input_ids`, `position_ids` and `labels`, each (B, T), of the rows `indices`."""
+        chosen = indices if isinstance(indices, slice) else np.asarray(indices)
+        part = PackedRows(self.tokens[chosen], self.positions[chosen], self.pieces[:0])
+        return {"input_ids": part.input_ids, "position_ids": part.position_ids, "labels": part.labels}
+
+
+def pack(token_lists: Sequence[Sequence[int] | np.ndarray], length: int, *, bos_id: int | None) -> PackedRows:
+    """Packs documents in order into rows of `length` tokens; empty documents are left out.
+
+    bos_id: token put before each document, so that its first token is scored too; None for tokenizers without one.
+    Raises ValueError when length < 2 or nothing is left to predict.
+    """
+    if length < 2:
+        raise ValueError(f"length must be at least 2 (a token and its prediction), not {length}")
+    documents = [np.asarray(tokens) for tokens in token_lists]
+    first = 0 if bos_id is None else 1
+    pieces: list[tuple[int, int, int, int]] = []  # document, offset in the rows, length, start in the document
+    offset = 0
+    for index, tokens in enumerate(documents):
+        size, start = len(tokens) + first, 0
+        if len(tokens) == 0 or size < 2:
+            continue
+        while start < size - 1:
+            room = length - offset % length
+            if room == 1:  # a lone slot predicts nothing
+                offset += 1
+                room = length
+            taken = min(room, size - start)
+            pieces.append((index, offset, taken, start))
+            offset += taken
+            start += taken - 1
+    if not pieces:
+        raise ValueError("there is nothing to pack: no document has a token to predict")
+    rows = -(-offset // length)
+    largest = max(max(int(tokens.max()) for tokens in documents if len(tokens)), bos_id or 0)
+    filler = bos_id if bos_id is not None else int(documents[pieces[0][0]][0])
+    flat = np.full(rows * length, filler, np.min_scalar_type(largest))
+    positions = np.zeros(rows * length, np.min_scalar_type(length))
+    steps = np.arange(length, dtype=positions.dtype)
+    for index, offset, taken, start in pieces:
+        tokens = documents[index]
+        if start == 0 and bos_id is not None:
+            flat[offset] = bos_id
+            flat[offset + 1 : offset + taken] = tokens[: taken - 1]
+        else:
+            flat[offset : offset + taken] = tokens[start - first : start - first + taken]
+        positions[offset : offset + taken] = steps[:taken]
+    return PackedRows(flat.reshape(rows, length), positions.reshape(rows, length), np.array(pieces, np.int64)[:, :3])
+
+
+def shuffle_tokens(token_lists: Sequence[Sequence[int] | np.ndarray], seed: int) -> list[np.ndarray]:
+    """Each document with its own tokens in a random order: unigram statistics stay, order carries nothing.
+
+    The order depends on the seed and the document alone, not on the documents beside it. On the tokens of
+    `byte_tokenizer` these are shuffled bytes (which are seldom valid UTF-8, hence no text).
+    """
+    shuffled = []
+    for tokens in map(np.asarray, token_lists):
+        key = zlib.crc32(np.ascontiguousarray(tokens, np.int64).tobytes())
+        shuffled.append(np.random.default_rng([seed, len(tokens), key]).permutation(tokens))
+    return shuffled

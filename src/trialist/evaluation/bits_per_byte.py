@@ -1,0 +1,175 @@
+"""Bits per byte of text under a causal language model: comparable over tokenizers, exact over every byte."""
+
+# B rows, T time
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from trialist.data.corpora import Documents
+from trialist.data.packing import PackedRows, pack
+from trialist.data.tokenizers import document_start, encode_documents
+from trialist.models.scoring import selected_logprobs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    value: float
+    """Total bits over total bytes"""
+    per_document: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    """Document id -> (bits, UTF-8 bytes)"""
+
+
+def bits_per_byte(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Documents,
+    *,
+    length: int,
+    batch_size: int = 16,
+    max_bytes: int | None = None,
+) -> BitsPerByte:
+    """-log2 p of every token of every document, over the UTF-8 bytes of the text.
+
+    A document begins behind the tokenizer's BOS (else EOS) and is read in windows of `length` tokens that do not overlap but
+    for the one token of context at their start; each token is scored exactly once. Windows are packed into rows where the
+    model keeps packed documents apart, which is tried out on a few tokens first; otherwise each has a row of its own.
+
+    max_bytes: take documents in order until they hold so many bytes; the last one is cut.
+    The model is evaluated in eval mode without gradients and left in the mode it was in.
+    Raises ValueError when `length` exceeds the model's context, when the tokenizer has no token to start a document with,
+    or when the model's vocabulary is smaller than a token id.
+    """
+    documents = documents if max_bytes is None else _first_bytes(documents, max_bytes)
+    if len(documents) == 0:
+        raise ValueError("bits per byte of no documents is undefined; pass at least one")
+    if len(set(documents.ids)) != len(documents):
+        raise ValueError(f"{documents.source}: document ids must be unique")
+    context = _context(model)
+    if context is not None and length > context:
+        raise ValueError(
+            f"length {length} is longer than the model's context of {context} tokens; pass at most {context}"
+        )
+    bos_id = document_start(tokenizer)
+    if bos_id is None:
+        raise ValueError(
+            "the tokenizer has neither BOS nor EOS, so a document's first token cannot be predicted; set one"
+        )
+    rows = pack(encode_documents(tokenizer, documents.texts), length, bos_id=bos_id)
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if vocabulary is not None and int(rows.tokens.max()) >= vocabulary:
+        raise ValueError(
+            f"the tokenizer gives token {int(rows.tokens.max())}, beyond the model's vocabulary of {vocabulary}; "
+            "they do not belong together"
+        )
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            packs = keeps_documents_apart(model, bos_id, device)
+            if not packs:
+                logger.warning(
+                    "%s ignores restarting position ids; each window is scored in a row of its own",
+                    type(model).__name__,
+                )
+            bits = (
+                _bits_of_rows(model, rows, batch_size, device)
+                if packs
+                else _bits_of_pieces(model, rows, batch_size, device)
+            )
+    finally:
+        model.train(was_training)
+    owners = rows.pieces[:, 0]
+    per_document = np.bincount(owners, weights=bits, minlength=len(documents))
+    sizes = [len(text.encode()) for text in documents.texts]
+    return BitsPerByte(
+        float(per_document.sum()) / sum(sizes),
+        {name: (float(b), size) for name, b, size in zip(documents.ids, per_document, sizes)},
+    )
+
+
+def keeps_documents_apart(model: nn.Module, token: int, device: torch.device) -> bool:
+    """Whether a document scores the same packed behind another as it does alone.
+
+    The packed difference is held against that of the same tokens run on as one document, which a model that ignores the
+    restart cannot tell apart. Call it in eval mode without gradients.
+    """
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or token + 1
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (1, 12), generator=generator).to(device)
+    first, second = 5, 7
+    restarting = torch.cat([torch.arange(first), torch.arange(second)])[None].to(device)
+    everything = torch.ones_like(tokens)
+    try:
+        packed = selected_logprobs(model, tokens, position_ids=restarting, labels=tokens)[:, first:]
+    except TypeError:  # a model without positions takes no position ids
+        return False
+    alone = selected_logprobs(model, tokens[:, first:], everything[:, first:])
+    joined = selected_logprobs(model, tokens, everything)[:, first:]
+    leak = float((joined - alone).abs().max())
+    return float((packed - alone).abs().max()) <= max(0.05 * leak, 1e-6)
+
+
+def _bits_of_rows(model: nn.Module, rows: PackedRows, batch_size: int, device: torch.device) -> np.ndarray:
+    """(P,) bits of each piece, from packed rows."""
+    bits = np.zeros(rows.tokens.shape)  # (N, T) float64, the bits of the token in the slot
+    for start in range(0, len(rows), batch_size):
+        batch = {name: tensor.to(device) for name, tensor in rows.rows(slice(start, start + batch_size)).items()}
+        bits[start : start + batch_size, 1:] = _bits(selected_logprobs(model, **batch))
+    return np.add.reduceat(bits.reshape(-1), rows.pieces[:, 1])  # padding between pieces has 0 bits
+
+
+def _bits_of_pieces(model: nn.Module, rows: PackedRows, batch_size: int, device: torch.device) -> np.ndarray:
+    """(P,) bits of each piece, from rows that hold one piece each, longest first so that little is padded."""
+    flat = rows.tokens.reshape(-1)
+    bits = np.zeros(len(rows.pieces))
+    order = np.argsort(-rows.pieces[:, 2], kind="stable")
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        width = int(rows.pieces[chosen[0], 2])
+        tokens = np.full((len(chosen), width), flat[0], np.int64)
+        labels = np.full((len(chosen), width), -100, np.int64)
+        for row, (_, offset, size) in enumerate(rows.pieces[chosen]):
+            tokens[row, :size] = flat[offset : offset + size]
+            labels[row, 1:size] = tokens[row, 1:size]
+        # padding stands on the right, where a causal model cannot see it, so no mask is needed
+        scores = selected_logprobs(
+            model, torch.from_numpy(tokens).to(device), labels=torch.from_numpy(labels).to(device)
+        )
+        bits[chosen] = _bits(scores).sum(axis=1)
+    return bits
+
+
+def _bits(log_probs: Tensor) -> np.ndarray:
+    return -log_probs.double().cpu().numpy() / math.log(2)  # nats to bits
+
+
+def _context(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    return next((n for key in ("max_position_embeddings", "n_positions") if (n := getattr(config, key, None))), None)
+
+
+def _first_bytes(documents: Documents, max_bytes: int) -> Documents:
+    if max_bytes < 1:
+        raise ValueError(f"max_bytes must be at least 1, not {max_bytes}")
+    kept: list[tuple[str, str]] = []
+    left = max_bytes
+    for name, text in zip(documents.ids, documents.texts):
+        content = text.encode()
+        kept.append((name, content[:left].decode("utf-8", errors="ignore")))  # without a character cut in half
+        left -= len(content)
+        if left <= 0:
+            break
+    kept = [(name, text) for name, text in kept if text]
+    return Documents(tuple(name for name, _ in kept), tuple(text for _, text in kept), documents.source)

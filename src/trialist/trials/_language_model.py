@@ -1,0 +1,174 @@
+"""What the trials that train language models share: the model of an arm, and its training as an outcome.
+
+An arm says `attention` ("standard" or "selective") and, for the built-in decoder, `heads`, how many times the attention
+heads of the baseline it has at the same head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trialist.engine.context import Context
+from trialist.engine.contract import Arm, Cost, Outcome
+from trialist.engine.hardware import resolve_device
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+BUILT_IN = "decoder"
+DTYPES = ("float32", "bfloat16")
+PRELOAD = ("torch", "transformers", "trialist.models", "trialist.training.fit", "trialist.objectives.cross_entropy")
+VERSIONS = ("torch", "transformers")
+
+
+def check_inputs(model: str, dtype: str, lora: int, **positive: int) -> None:
+    """Raises ValueError or FileNotFoundError for inputs of a training trial that cannot work."""
+    for name, value in positive.items():
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype!r}: one of {', '.join(DTYPES)}")
+    if lora < 0:
+        raise ValueError(f"--lora is a rank, at least 0 (0 trains all weights), not {lora}")
+    if lora and model == BUILT_IN:
+        raise ValueError("--lora adapts a given model; the built-in decoder is trained from scratch, so leave it 0")
+
+
+def check_length(model: str, length: int) -> None:
+    """Raises ValueError where sequences are longer than a given model takes, or where it has no tokenizer or configuration."""
+    from transformers import AutoConfig
+
+    from trialist.models.loading import model_source
+
+    config = AutoConfig.from_pretrained(model_source(model))
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise ValueError(f"sequences of {length} tokens are longer than {model} takes ({most}); lower the length")
+
+
+def model_inputs(model: str, device: str) -> dict[str, str]:
+    """Digests of the inputs `model` and `device`."""
+    resolved = {"device": resolve_device(device)}
+    if model == BUILT_IN:
+        return resolved
+    from trialist.models.loading import model_digest
+
+    return {**resolved, "model": model_digest(model)}
+
+
+def arm_model(
+    arm: Arm,
+    context: Context,
+    model: str,
+    *,
+    device: str,
+    lora: int,
+    vocab_size: int,
+    layers: int,
+    width: int,
+    heads: int,
+    length: int,
+) -> PreTrainedModel:
+    """A fresh decoder, or the given model with the arm's attention; initial weights depend on seed and parameter name only."""
+    import torch
+
+    selective = arm["attention"] == "selective"
+    if model == BUILT_IN:
+        from trialist.models.configuration import ModularDecoderConfig
+        from trialist.models.decoder import ModularDecoderForCausalLM
+        from trialist.models.initialization import initialize_
+
+        config = ModularDecoderConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=-(-8 * width // 3 // 8) * 8,
+            num_hidden_layers=layers,
+            num_attention_heads=heads * arm["heads"],
+            head_dim=width // heads,
+            layer_types=["selective_attention" if selective else "full_attention"] * layers,
+            max_position_embeddings=length,
+        )
+        built = ModularDecoderForCausalLM(config)
+        initialize_(built, context.stream("init"))
+        return built.to(resolve_device(device))
+    from trialist.models.loading import load_model
+    from trialist.models.selective_attention import enable_selective_attention
+
+    loaded = load_model(model, device=resolve_device(device))
+    if selective:
+        enable_selective_attention(loaded)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(context.stream("init"))
+        loaded = get_peft_model(loaded, LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear"))
+    return loaded
+
+
+def train(
+    model: PreTrainedModel,
+    batches: Callable[[int], Mapping[str, Tensor]],
+    context: Context,
+    *,
+    steps: int,
+    learning_rate: float,
+    dtype: str,
+    evaluate: Callable[[nn.Module], Mapping[str, float]],
+    evaluations: int,
+    tokenizer: Any = None,
+) -> tuple[Outcome, Mapping[str, float]]:
+    """Trains under a budget of steps; returns an outcome without metrics, and what `evaluate` said at the end.
+
+    A checkpoint in the run's folder lets an interrupted run go on. evaluations: points on the learning curves.
+    """
+    from trialist.objectives.cross_entropy import CrossEntropy
+    from trialist.optimizers.adamw import adamw
+    from trialist.training.fit import fit
+    from trialist.training.schedules import Schedule
+
+    last: dict[str, float] = {}
+
+    def remember(trained: nn.Module) -> Mapping[str, float]:
+        last.clear()
+        last.update(evaluate(trained))
+        return dict(last)
+
+    result = fit(
+        model,
+        batches,
+        CrossEntropy(),
+        adamw(model, learning_rate),
+        Schedule("cosine", warmup=max(1, steps // 20)),
+        {"steps": steps},
+        evaluate=remember,
+        evaluate_every=max(1, steps // evaluations),
+        autocast=None if dtype == "float32" else dtype,
+        checkpoint=context.folder / "checkpoint",
+        checkpoint_every=max(1, steps // 5) if steps >= 1000 else None,
+        seed=context.stream("dropout"),
+        progress=context.progress,
+    )
+    if context.keep_model and result.diverged is None:
+        save(model, tokenizer, context.model_folder)
+    tokens_per_step = result.cost["tokens"] / max(result.steps, 1)
+    curves = {
+        name: tuple((spent * tokens_per_step, value) for spent, value in points)
+        for name, points in result.curves.items()
+    }
+    outcome = Outcome(
+        curves=curves,
+        cost=Cost(**{unit: value for unit, value in result.cost.items() if unit in Cost.__dataclass_fields__}),
+        diverged=result.diverged,
+    )
+    return outcome, last
+
+
+def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """A Hugging Face folder; LoRA adapters are merged into the weights."""
+    merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    merged.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,209 @@
+"""Does selective attention recall the last value of a variable in sequences longer than those it was trained on?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from trialist.data.recall import Task
+
+from trialist.engine.context import Context
+from trialist.engine.contract import Arm, Budget, Claim, Endpoint, Outcome, Trial, Tuning
+from trialist.engine.hardware import resolve_device
+from trialist.trials._language_model import (
+    BUILT_IN,
+    PRELOAD,
+    VERSIONS,
+    arm_model,
+    check_inputs,
+    check_length,
+    model_inputs,
+    train,
+)
+
+LEARNING_RATES = {"learning_rate": (5e-4, 1e-3, 2e-3)}
+LEARNING_RATES_GIVEN_MODEL = {"learning_rate": (1e-5, 5e-5, 2e-4)}
+VALIDATION, EVALUATION = 30_001, 30_002
+"""Seeds of the generated items that tune and that decide; the same items for every seed and arm"""
+
+
+@dataclass(frozen=True)
+class SelectiveRecallTrial(Trial):
+    """Does selective attention recall the last value of a variable in sequences four times as long as in training?"""
+
+    claim = Claim(
+        statement="Trained on variable assignment with overwrites, selective attention keeps its accuracy at four times the "
+        "training length, where standard attention loses it.",
+        source="arXiv:2410.02703",
+        reported="variable assignment is a motivating task of the paper: standard attention must spread over stale values",
+        endpoint=Endpoint("accuracy_4x", unit="share of answers", better="higher", margin=0.05),
+        secondary=(
+            Endpoint("accuracy_2x", unit="share of answers", better="higher"),
+            Endpoint("accuracy_1x", unit="share of answers", better="higher"),
+        ),
+    )
+    budget = Budget("tokens")
+    tuning = Tuning(tries=3, metric=Endpoint("validation_loss", unit="nats", better="lower"))
+    presets = {
+        "tiny": dict(seeds=3, about="about 10 minutes a setting on 2 cores"),
+        "real": dict(model="smollm2-135m-instruct", batch=8, steps=200, test_items=128, seeds=3,
+                     about="continued training of a given model, hours on 2 cores"),
+        "gpu": dict(layers=6, width=256, heads=8, batch=256, steps=5_000, fewest=8, most=64, test_items=2048, seeds=6,
+                    about="minutes on one GPU"),
+    }  # fmt: skip
+    preload = (*PRELOAD, "trialist.data.recall")
+    versions = VERSIONS
+    usage = (
+        "from trialist.models import ModularDecoderConfig, ModularDecoderForCausalLM\n"
+        'config = ModularDecoderConfig(num_hidden_layers=3, layer_types=["selective_attention"] * 3)\n'
+        "model = ModularDecoderForCausalLM(config)"
+    )
+
+    model: str = BUILT_IN
+    """Hub id, local folder or asset of a model whose training is continued; `decoder` trains a small one from scratch"""
+    layers: int = 3
+    """Layers of the built-in decoder"""
+    width: int = 64
+    """Width of the built-in decoder"""
+    heads: int = 4
+    """Attention heads of the built-in decoder (the control with more heads has twice as many of the same width)"""
+    fewest: int = 4
+    """Fewest pairs in a training sequence"""
+    most: int = 24
+    """Most pairs in a training sequence; the test asks at 1, 2 and 4 times as many"""
+    batch: int = 64
+    """Sequences in a step"""
+    steps: int = 1600
+    """Training steps"""
+    learning_rate: float = 1e-3
+    """Peak learning rate where nothing was tuned"""
+    test_items: int = 512
+    """Test sequences at each length"""
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`"""
+    dtype: str = "float32"
+    """float32, or bfloat16 for autocast"""
+    lora: int = 0
+    """Rank of LoRA adapters for a given model; 0 trains all weights"""
+
+    @property
+    def longest(self) -> int:
+        return 2 * 4 * self.most + 3
+
+    def check(self) -> None:
+        check_inputs(
+            self.model, self.dtype, self.lora, layers=self.layers, width=self.width, heads=self.heads, fewest=self.fewest,
+            batch=self.batch, steps=self.steps, test_items=self.test_items,
+        )  # fmt: skip
+        if self.most < self.fewest:
+            raise ValueError(f"--most {self.most} must be at least --fewest {self.fewest}")
+        if self.model != BUILT_IN:
+            check_length(self.model, self.longest)
+        elif self.width % self.heads:
+            raise ValueError(f"--width {self.width} must be a multiple of --heads {self.heads}")
+
+    def digests(self) -> Mapping[str, str]:
+        return model_inputs(self.model, self.device)
+
+    def remarks(self) -> tuple[str, ...]:
+        if self.model == BUILT_IN:
+            return ()
+        return ("the control with twice the heads is left out: heads cannot be added to a given model",)
+
+    def arms(self) -> Iterator[Arm]:
+        scratch = self.model == BUILT_IN
+        tune = LEARNING_RATES if scratch else LEARNING_RATES_GIVEN_MODEL
+        shared = {"learning_rate": self.learning_rate if scratch else 5e-5}
+        for setting, null in (("assignment", False), ("copying", True)):
+            standard = {**shared, "attention": "standard", "heads": 1}
+            knobs = None if null else tune
+            yield Arm("standard", "control", setting, null, options=standard, tune=knobs, about="standard attention")
+            if scratch:
+                yield Arm("double-heads", "control", setting, null, options={**standard, "heads": 2}, tune=knobs,
+                          about="standard attention, twice the heads, attention parameters doubled")  # fmt: skip
+            yield Arm("selective", "treatment", setting, null, options={**standard, "attention": "selective"}, tune=knobs,
+                      about="selective attention, no parameter more than `standard`")  # fmt: skip
+
+    def run(self, arm: Arm, seed: int, context: Context) -> Outcome:
+        from trialist.data.recall import VOCABULARY, RecallBatches
+
+        device = resolve_device(self.device)
+        model = arm_model(
+            arm, context, self.model, device=device, lora=self.lora, vocab_size=VOCABULARY.size, layers=self.layers,
+            width=self.width, heads=self.heads, length=self.longest,
+        )  # fmt: skip
+        symbols = symbol_ids(model.config.vocab_size, VOCABULARY.size)
+        task = cast("Task", arm.setting)
+
+        def batches(source: RecallBatches, step: int) -> dict[str, Any]:
+            batch = source(step)
+            labels = batch["labels"]
+            named = {
+                "input_ids": symbols[batch["input_ids"]],
+                "labels": symbols[labels.clamp(min=0)].where(labels >= 0, labels),
+            }
+            return {name: tensor.to(device) for name, tensor in named.items()}
+
+        training = RecallBatches(task, self.batch, context.stream("data_order"), self.fewest, self.most)
+
+        def score(times: int) -> float:
+            pairs = times * self.most
+            items = RecallBatches(task, min(self.batch, self.test_items), EVALUATION, pairs, pairs)
+            count = -(-self.test_items // items.batch_size)
+            return sum(accuracy(model, batches(items, step)) for step in range(count)) / count
+
+        outcome, last = train(
+            model,
+            lambda step: batches(training, step),
+            context,
+            steps=self.steps,
+            learning_rate=arm["learning_rate"],
+            dtype=self.dtype,
+            evaluate=lambda _: {f"accuracy_{times}x": score(times) for times in (1, 2, 4)},
+            evaluations=5,
+        )
+        if outcome.diverged is not None:
+            return outcome
+        validation = RecallBatches(task, self.batch, VALIDATION, self.fewest, self.most)
+        loss = mean_loss(model, [batches(validation, step) for step in range(8)])
+        return dataclasses.replace(outcome, metrics={**last, "validation_loss": loss})
+
+
+def symbol_ids(vocabulary: int, symbols: int) -> Any:
+    """Distinct token ids for the task's symbols, spread over a model's vocabulary; the symbols themselves where it is as small."""
+    import torch
+
+    if vocabulary < symbols:
+        raise ValueError(f"the model's vocabulary has {vocabulary} tokens, the task needs {symbols}")
+    return torch.arange(symbols) * (vocabulary // symbols) + (vocabulary // symbols) // 2  # (symbols,)
+
+
+def accuracy(model: Any, batch: Mapping[str, Any]) -> float:
+    """Share of answers whose most probable token is right. The answers stand at the end of every row."""
+    import torch
+
+    labels = batch["labels"]
+    answers = int((labels[0] >= 0).sum())
+    with torch.no_grad():
+        logits = model(
+            input_ids=batch["input_ids"], logits_to_keep=answers + 1, use_cache=False
+        ).logits  # (B, answers + 1, V)
+    return float((logits[:, :-1].argmax(-1) == labels[:, -answers:]).float().mean())
+
+
+def mean_loss(model: Any, batches: list[dict[str, Any]]) -> float:
+    """Nats per answer."""
+    import torch
+
+    from trialist.objectives.cross_entropy import CrossEntropy
+
+    total = weight = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            loss, stats = CrossEntropy()(model, batch)
+            total += float(loss)
+            weight += float(stats["weight"])
+    return total / weight
