@@ -139,12 +139,12 @@ def test_report_in_every_format(here, capsys, form):
 
 
 def test_evidence_is_written_on_request_and_rendered(here, capsys):
-    code, out, _ = call(capsys, "run", "coins", "--preset", "demo", "--save-evidence")
+    code, _, _ = call(capsys, "run", "coins", "--preset", "demo", "--save-evidence")
     assert code == 0
     document = json.loads((here / "evidence" / "coins" / "demo.json").read_text())
     assert document["schema"] == 1
     assert document["verdict"] == "supported"
-    assert document["command"] == " ".join(["trialist", *sys.argv[1:]]) or document["command"].startswith("trialist")
+    assert document["command"].startswith("trialist")
     assert call(capsys, "evidence")[0] == 0
     assert "coins" in (here / "EVIDENCE.md").read_text()
     assert call(capsys, "evidence", "--check")[0] == 0

@@ -120,6 +120,11 @@ def test_given_groups_stay_together_and_large_ones_go_to_training():
     assert 8 <= len(splits.test) <= 13
 
 
+def test_a_group_that_would_overfill_a_held_out_split_is_passed_on():
+    splits = split_documents(corpus(105), groups=[f"g{i // 7}" for i in range(105)])
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (91, 7, 7)
+
+
 def test_the_standard_library_is_split_by_module():
     splits = split_documents(load_documents("python-stdlib"))
     modules = [{stdlib_module(name) for name in part.ids} for part in (splits.train, splits.validation, splits.test)]

@@ -18,7 +18,7 @@ def test_a_trial_of_another_package_is_known_by_its_entry_point(coins):
 
 
 def test_an_unknown_trial_suggests_the_nearest(coins):
-    with pytest.raises(ValueError, match="no trial 'coin'. Did you mean 'coins'"):
+    with pytest.raises(ValueError, match=r"no trial 'coin'\. Did you mean 'coins'"):
         load_trial("coin")
 
 

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from trialist.models import disable_selective_attention, enable_selective_attention, load_model
-from trialist.models.selective_attention import attend_selectively, first_tokens
 from trialist.models.selective_cache import SelectiveCacheLayer
+from trialist.models.selective_mixer import attend_selectively, first_tokens
 
 from conftest import FAMILIES, SIZES, sharpen  # isort: skip
 

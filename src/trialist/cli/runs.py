@@ -91,11 +91,9 @@ def _stages(options: Options, root: object) -> int:
         print_json(stages)
         return 0
     for entry in stages:
-        console().print(
-            f"{entry['name']}-{entry['key']}  {entry['bytes'] / 2**20:.1f} MiB  built in {duration(entry['wall_seconds']) or '0 s'}  "
-            f"{_when(entry['created'])}",
-            markup=False,
-        )
+        size, seconds = f"{entry['bytes'] / 2**20:.1f} MiB", duration(entry["wall_seconds"]) or "0 s"
+        name = f"{entry['name']}-{entry['key']}"
+        console().print(f"{name}  {size}  built in {seconds}  {_when(entry['created'])}", markup=False)
     if not stages:
         console().print("no stages")
     return 0

@@ -150,6 +150,6 @@ def _byte_characters() -> list[str]:
 
     Printable Latin-1 bytes stand for themselves; the others take the characters from U+0100 on, in order.
     """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAD, 0x100)}
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     following = iter(range(256))
     return [chr(byte) if byte in printable else chr(256 + next(following)) for byte in range(256)]

@@ -169,7 +169,8 @@ class _Runner:
             if not finished:
                 done = sum(status not in ("queued", "running") for status in self.ledger.statuses(rows).values())
                 self.display.say(
-                    f"stopped after {options.max_minutes:g} minutes: {done} of {len(rows)} runs finished; the same command goes on"
+                    f"stopped after {options.max_minutes:g} minutes: {done} of {len(rows)} runs finished; "
+                    "the same command goes on"
                 )
                 return None
         self.display.pause()

@@ -37,7 +37,7 @@ class Probe:
 
 
 def estimate(prepared: Prepared, say: Callable[[str], None], *, probe: bool = True) -> dict[str, Any]:
-    """The plan of a trial as one JSON document. With `probe`, every arm of every setting runs for a few seconds and is stopped."""
+    """The plan of a trial as one JSON document; with `probe`, every arm runs for a few seconds and is stopped."""
     check_workers(prepared)
     tuned = tune.shipped(prepared)
     tuning_runs = 0
@@ -120,9 +120,9 @@ def _earlier_spread(prepared: Prepared, endpoint: str) -> float | None:
     for configuration in ledger.configurations(prepared.name):
         values: dict[str, dict[int, float]] = {}
         for record in ledger.records(configuration=configuration.key):
-            if record.purpose == "trial" and record.setting == setting and record.status == "done" and record.outcome:
-                if endpoint in record.outcome.metrics:
-                    values.setdefault(record.arm, {})[record.seed] = record.outcome.metrics[endpoint]
+            metrics = record.outcome.metrics if record.status == "done" and record.outcome else {}
+            if record.purpose == "trial" and record.setting == setting and endpoint in metrics:
+                values.setdefault(record.arm, {})[record.seed] = metrics[endpoint]
         treatment = next((values[arm] for arm, role in roles.items() if role == "treatment" and arm in values), {})
         for arm, role in roles.items():
             shared = sorted(set(treatment) & set(values.get(arm, {})))

@@ -26,7 +26,7 @@ class RunOptions:
     looks: str = "3,5,8"
     """Numbers of seeds at which to look with --until-decided, or `any` for an anytime-valid interval"""
     workers: int | None = None
-    """Runs at the same time, in processes of this machine (default: one a core, at most 4; one a GPU; 1 where time is measured)"""
+    """Runs at the same time on this machine (default: one a core, at most 4; one a GPU; 1 where time is measured)"""
     on: str | None = None
     """Run on a Ray cluster instead, for example ray://head:10001, or `local`; needs trialist[ray]"""
     ledger: str | None = None

@@ -83,7 +83,7 @@ def clean_stages(root: Path) -> int:
 
 
 def clean_folders(ledger_path: Path) -> int:
-    """Removes all stages, and the folders of runs that are not running (kept models, checkpoints, logs); returns the bytes freed."""
+    """Removes all stages and the folders of runs that are not running (models, checkpoints, logs); returns the bytes."""
     from trialist.engine.ledger import Ledger
 
     home = ledger_path.absolute().parent

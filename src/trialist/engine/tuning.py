@@ -105,10 +105,10 @@ def choose(prepared: Prepared, records: Sequence[RunRecord]) -> Tuned:
         key = (record.arm, json.dumps(point, sort_keys=True))
         scores.setdefault(key, []).append(float("-inf") if value is None else sign * value)
     best: dict[str, tuple[float, dict[str, Any]]] = {}
-    for (arm, point), values in scores.items():
+    for (arm, knobs_json), values in scores.items():
         mean = sum(values) / len(values)
         if arm not in best or mean > best[arm][0]:
-            best[arm] = (mean, json.loads(point))
+            best[arm] = (mean, json.loads(knobs_json))
     for arm, (mean, _) in best.items():
         if mean == float("-inf"):
             raise ValueError(

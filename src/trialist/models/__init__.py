@@ -12,12 +12,9 @@ from trialist.models.flops import flops_per_token
 from trialist.models.initialization import initialize_
 from trialist.models.loading import count_parameters, load_model, model_digest
 from trialist.models.scoring import selected_logprobs
-from trialist.models.selective_attention import (
-    SelectiveAttention,
-    disable_selective_attention,
-    enable_selective_attention,
-)
+from trialist.models.selective_attention import disable_selective_attention, enable_selective_attention
 from trialist.models.selective_cache import SelectiveCacheLayer, StaticSelectiveCacheLayer
+from trialist.models.selective_mixer import SelectiveAttention
 
 __all__ = [
     "ModularDecoderConfig",

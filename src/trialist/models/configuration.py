@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 MIXERS = {
     "full_attention": "trialist.models.attention:FullAttention",
-    "selective_attention": "trialist.models.selective_attention:SelectiveAttention",
+    "selective_attention": "trialist.models.selective_mixer:SelectiveAttention",
 }
 """`layer_types`: what mixes the tokens of a layer"""
 

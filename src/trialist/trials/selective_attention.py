@@ -138,14 +138,14 @@ class SelectiveAttentionTrial(Trial):
         tune = LEARNING_RATES if scratch else LEARNING_RATES_GIVEN_MODEL
         shared = {"learning_rate": self.learning_rate if scratch else 5e-5}
         for setting, null in (("text", False), ("shuffled", True)):
+            knobs = None if null else tune
             standard = {**shared, "attention": "standard", "heads": 1}
-            yield Arm("standard", "control", setting, null, options=standard, tune=None if null else tune,
-                      about="standard attention")  # fmt: skip
+            yield Arm("standard", "control", setting, null, options=standard, tune=knobs, about="standard attention")
             if scratch:
-                yield Arm("double-heads", "control", setting, null, options={**standard, "heads": 2},
-                          tune=None if null else tune, about="standard attention, twice the heads, attention parameters doubled")  # fmt: skip
-            yield Arm("selective", "treatment", setting, null, options={**standard, "attention": "selective"},
-                      tune=None if null else tune, about="selective attention, no parameter more than `standard`")  # fmt: skip
+                yield Arm("double-heads", "control", setting, null, options={**standard, "heads": 2}, tune=knobs,
+                          about="standard attention, twice the heads, attention parameters doubled")  # fmt: skip
+            yield Arm("selective", "treatment", setting, null, options={**standard, "attention": "selective"}, tune=knobs,
+                      about="selective attention, no parameter more than `standard`")  # fmt: skip
 
     def run(self, arm: Arm, seed: int, context: Context) -> Outcome:
         from trialist.data.order import PackedBatches

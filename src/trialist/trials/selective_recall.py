@@ -173,7 +173,7 @@ class SelectiveRecallTrial(Trial):
 
 
 def symbol_ids(vocabulary: int, symbols: int) -> Any:
-    """Distinct token ids for the task's symbols, spread over a model's vocabulary; the symbols themselves where it is as small."""
+    """Distinct token ids for the task's symbols, spread over a model's vocabulary."""
     import torch
 
     if vocabulary < symbols:
