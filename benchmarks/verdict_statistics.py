@@ -15,7 +15,7 @@ import numpy as np
 
 from trialist.engine.contract import Arm, Budget, Claim, Cost, Endpoint, Items, Outcome, Saving, Trial
 from trialist.engine.intervals import FIXED, Level, crossed_t, t_interval
-from trialist.engine.item_intervals import item_interval
+from trialist.engine.item_intervals import bca, item_interval
 from trialist.engine.power import detectable_effect
 from trialist.engine.records import RunRecord
 from trialist.engine.sequential import Look
@@ -83,6 +83,18 @@ def item_coverage(clusters: int, draw: Draw, repeats: int = 2_000, seed: int = 3
     return coverage(lambda g: item_interval(draw(g, clusters)), 0.0, repeats, seed)
 
 
+def bca_coverage(items: int, draw: Draw, repeats: int = 2_000, seed: int = 3) -> Coverage:
+    """The bootstrap alone, without the t interval that the engine sets beside it."""
+
+    def make(g: np.random.Generator) -> object:
+        d = draw(g, items)
+        resamples = d[g.integers(0, items, size=(2_000, items))].mean(axis=1)
+        left_out = (d.sum() - d) / (items - 1)
+        return bca(float(d.mean()), resamples, left_out, items, "BCa", t_interval(d))
+
+    return coverage(make, 0.0, repeats, seed)
+
+
 @dataclass(frozen=True)
 class Simulated(Trial):
     """A trial whose differences are drawn and not measured."""
@@ -106,7 +118,9 @@ ARMS = (Arm("old", "control"), Arm("new", "treatment"))
 def record(arm: str, seed: int, value: float, items: np.ndarray | None = None) -> RunRecord:
     scores = {} if items is None else {"score": Items(tuple(map(str, range(len(items)))), tuple(items))}
     cost = Cost(steps=1, bytes=100 if arm == "old" else 50)
-    return RunRecord(f"{arm}{seed}", "simulated", arm, "main", seed, "done", Outcome({"score": value}, scores, cost=cost))
+    return RunRecord(
+        f"{arm}{seed}", "simulated", arm, "main", seed, "done", Outcome({"score": value}, scores, cost=cost)
+    )
 
 
 def words(
@@ -159,7 +173,9 @@ def wins(counts: dict[str, float]) -> float:
     return counts.get("supported", 0.0) + counts.get("small", 0.0)
 
 
-def error_rate(draw: Draw, looks: Sequence[int], level: Level = FIXED, trials: int = 20_000, seed: int = 6) -> tuple[float, float]:
+def error_rate(
+    draw: Draw, looks: Sequence[int], level: Level = FIXED, trials: int = 20_000, seed: int = 6
+) -> tuple[float, float]:
     """Percentage of trials without effect whose interval excludes 0 upwards, and downwards, at any of the looks."""
     g, up, down = np.random.default_rng(seed), 0, 0
     for _ in range(trials):
@@ -193,7 +209,12 @@ def main() -> None:
     def three(c: Coverage) -> tuple[str, ...]:
         return f"{c.covered:.1f}", f"{c.too_high:.1f}", f"{c.too_low:.1f}"
 
-    draws = {"normal": normal, "heavy tails (t, 2 df)": heavy, "one seed in three learns": one_in_three, "lottery": skewed_lottery}
+    draws = {
+        "normal": normal,
+        "heavy tails (t, 2 df)": heavy,
+        "one seed in three learns": one_in_three,
+        "lottery": skewed_lottery,
+    }
     head = ("covered %", "low above truth %", "high below truth %")
     rows = [("differences", "seeds", *head)]
     rows += [(name, str(n), *three(seed_coverage(n, draw))) for name, draw in draws.items() for n in (3, 5, 6, 10)]
@@ -209,6 +230,9 @@ def main() -> None:
     rows = [("differences", "items", *head)]
     rows += [(name, str(n), *three(item_coverage(n, draw))) for name, draw in over.items() for n in (10, 20, 50, 200)]
     table("95 % interval over items (2,000 repeats)", rows)
+    rows = [("differences", "items", *head)]
+    rows += [(name, str(n), *three(bca_coverage(n, draw))) for name, draw in over.items() for n in (20, 50, 200)]
+    table("BCa alone over items (2,000 repeats)", rows)
 
     designs: dict[str, tuple[tuple[int, ...], Look | None]] = {
         "3 seeds": ((3,), None),
@@ -239,7 +263,9 @@ def main() -> None:
         up, down = error_rate(normal, looks, look.level if look else FIXED)
         rows.append((design, f"{up:.2f}", f"{down:.2f}"))
     naive = error_rate(normal, tuple(range(3, 21)), trials=5_000)
-    rows.append(("95 % interval looked at after every seed from 3 to 20 (do not)", f"{naive[0]:.2f}", f"{naive[1]:.2f}"))
+    rows.append(
+        ("95 % interval looked at after every seed from 3 to 20 (do not)", f"{naive[0]:.2f}", f"{naive[1]:.2f}")
+    )
     table("Intervals that exclude 0 where there is no effect (20,000 trials)", rows)
     rows = [("seeds", "effect, sd of the difference", "power %")]
     rows += [(str(n), f"{detectable_effect(n):.2f}", f"{power(n, trials):.1f}") for n in (3, 5, 6, 10)]

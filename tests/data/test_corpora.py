@@ -90,6 +90,7 @@ def test_columns_are_renamed_and_shadow_columns_of_the_same_name(tmp_path: Path)
     columns = parse_columns("prompt=question, text=body")
     for name in ("a.jsonl", "a.parquet"):
         loaded = load_rows(str(tmp_path / name), required=("prompt",), columns=columns)
+        assert sorted(loaded.column_names) == ["extra", "prompt", "text"], name
         assert loaded.to_list() == [{"prompt": "q1", "text": "b1", "extra": 3}], name
 
 

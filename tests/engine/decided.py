@@ -57,7 +57,9 @@ def run(arm: str, seed: int, metrics: Mapping[str, float], setting: str = "main"
     return RunRecord(f"{arm}-{setting}-{seed}", "given", arm, setting, seed, status, outcome, {"wall_seconds": 60.0})
 
 
-def runs(setting: str = "main", metric: str = "score", sign: float = 1.0, **differences: Sequence[float]) -> list[RunRecord]:
+def runs(
+    setting: str = "main", metric: str = "score", sign: float = 1.0, **differences: Sequence[float]
+) -> list[RunRecord]:
     """Runs in which the treatment beats control `name` by `differences[name][seed]`."""
     n = len(next(iter(differences.values())))
     made = [run("new", seed, {metric: base(seed)}, setting) for seed in range(n)]
@@ -79,12 +81,15 @@ def and_metric(records: Sequence[RunRecord], metric: str, **differences: Sequenc
 def and_cost(records: Sequence[RunRecord], **costs: float) -> list[RunRecord]:
     """The same runs with a cost in bytes per arm."""
     return [
-        replace(record, outcome=replace(record.outcome, cost=Cost(steps=100, bytes=costs[record.arm]))) for record in records
+        replace(record, outcome=replace(record.outcome, cost=Cost(steps=100, bytes=costs[record.arm])))
+        for record in records
     ]
 
 
 def items(scores: Sequence[float], clusters: Sequence[str] | None = None) -> Items:
-    return Items(tuple(f"q{k}" for k in range(len(scores))), tuple(scores), None if clusters is None else tuple(clusters))
+    return Items(
+        tuple(f"q{k}" for k in range(len(scores))), tuple(scores), None if clusters is None else tuple(clusters)
+    )
 
 
 def verdict(records: Sequence[RunRecord], made: Sequence[Arm] | None = None, of: Claim | None = None, **options: Any):

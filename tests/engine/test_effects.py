@@ -21,7 +21,9 @@ def grid(effect_size, seeds=5, noise=0.02):
     """Factor arms over task x log_ratio; the metric has main effects, a covariate and the planted interaction."""
     g = np.random.default_rng(0)
     made = [
-        Arm(f"{task}-{x}", "factor", options=dict(task=task, log_ratio=x)) for task in ("copy", "recall") for x in (0.0, 1.0, 2.5)
+        Arm(f"{task}-{x}", "factor", options=dict(task=task, log_ratio=x))
+        for task in ("copy", "recall")
+        for x in (0.0, 1.0, 2.5)
     ]
     records = []
     for seed in range(seeds):

@@ -11,7 +11,7 @@ from trialist.engine.sequential import Look
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import verdict_statistics as simulate  # noqa: E402
+import verdict_statistics as simulate
 
 DESIGNS = {
     "fixed": ((6,), None),
@@ -72,7 +72,9 @@ def test_false_supported_over_seeds_and_items_stays_below_3_6_percent(world):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("design", ["fixed", "three", "looks"])
-@pytest.mark.parametrize("draw", [simulate.heavy, simulate.one_in_three, simulate.skewed_lottery], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "draw", [simulate.heavy, simulate.one_in_three, simulate.skewed_lottery], ids=lambda f: f.__name__
+)
 def test_false_supported_stays_below_5_percent_for_heavy_tails_and_two_modes(design, draw):
     looks, look = DESIGNS[design]
     assert simulate.wins(simulate.words(draw, 0.0, looks, look)) <= 5.0

@@ -22,7 +22,9 @@ def test_paired_t_equals_scipy_ttest_rel(n):
     for found, level in (((interval.low, interval.high), 0.95), ((interval.low90, interval.high90), 0.90)):
         low, high = expected.confidence_interval(level)
         assert found == pytest.approx((low, high), rel=1e-9)
-    assert interval.p_better == pytest.approx(stats.ttest_rel(treatment, control, alternative="greater").pvalue, rel=1e-9)
+    assert interval.p_better == pytest.approx(
+        stats.ttest_rel(treatment, control, alternative="greater").pvalue, rel=1e-9
+    )
     assert interval.p_worse == pytest.approx(stats.ttest_rel(treatment, control, alternative="less").pvalue, rel=1e-9)
     assert (interval.df, interval.n) == (n - 1, n)
 
@@ -82,7 +84,9 @@ def test_crossed_interval_equals_the_wider_of_two_by_hand(seed_noise, item_noise
 
 
 def test_crossed_interval_is_sometimes_the_seed_t_and_sometimes_the_crossed_one():
-    worlds = [a * draws(4, 1, seed=1) + b * draws(1, 11, seed=2) + 0.3 * draws(4, 11, seed=3) for a, b in ((1, 0.01), (0, 2))]
+    worlds = [
+        a * draws(4, 1, seed=1) + b * draws(1, 11, seed=2) + 0.3 * draws(4, 11, seed=3) for a, b in ((1, 0.01), (0, 2))
+    ]
     assert [crossed_by_hand(d)[2] for d in worlds] == [False, True]
     assert crossed_t(worlds[0]).df == 3
 

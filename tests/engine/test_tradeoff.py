@@ -31,7 +31,12 @@ def test_the_area_is_the_mean_height():
 
 @pytest.mark.parametrize(
     ("points", "reason"),
-    [(POINTS, "covers 1 to 8 and not 0.5 to 4"), ([(1.0, 2.0)], "1 point;"), ([], "0 points"), ([(0, 1), (9, float("nan"))], "finite")],
+    [
+        (POINTS, "covers 1 to 8 and not 0.5 to 4"),
+        ([(1.0, 2.0)], "1 point;"),
+        ([], "0 points"),
+        ([(0, 1), (9, float("nan"))], "finite"),
+    ],
 )
 def test_a_curve_that_does_not_tell_is_undefined_with_the_reason(points, reason):
     reading = area(points, (0.5, 4.0))

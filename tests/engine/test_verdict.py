@@ -93,7 +93,9 @@ def test_lower_is_better_turns_the_sign_around():
     assert "lowers loss by 0.30" in result.sentence
 
 
-@pytest.mark.parametrize(("second", "word"), [(CLEAR, "supported"), (SLIGHT, "small"), (OPEN, "inconclusive"), (WORSE, "contradicted")])
+@pytest.mark.parametrize(
+    ("second", "word"), [(CLEAR, "supported"), (SLIGHT, "small"), (OPEN, "inconclusive"), (WORSE, "contradicted")]
+)
 def test_all_co_primary_endpoints_must_hold(second, word):
     records = and_metric(runs(old=CLEAR), "speed", old=second)
     result = verdict(records, of=claim(co_primary=(SECOND,)))
@@ -217,7 +219,9 @@ def test_nan_without_a_word_about_divergence_is_undefined():
 def test_log_scale_compares_ratios_and_says_so():
     of = claim(endpoint=Endpoint("perplexity", better="lower", margin=0.05, scale="log"))
     ratios = np.exp(CLEAR)
-    records = [_with(r, "perplexity", 10.0 * (1 if r.arm == "new" else ratios[r.seed]) * (1 + r.seed)) for r in runs(old=CLEAR)]
+    records = [
+        _with(r, "perplexity", 10.0 * (1 if r.arm == "new" else ratios[r.seed]) * (1 + r.seed)) for r in runs(old=CLEAR)
+    ]
     result = verdict(records, of=of)
     assert result.effects[0].effect == pytest.approx(0.3)
     # exp(-0.3) = 0.741, so perplexity falls by 25.9 %; a margin of 0.05 is 4.88 %.
@@ -256,7 +260,6 @@ def test_renaming_arms_and_permuting_seeds_changes_nothing():
     assert (first.word, first.sentence, first.advice) == (second.word, second.sentence, second.advice)
     renamed = verdict(runs(x=CLEAR, y=OPEN), arms("x", "y"))
     assert renamed.word == first.word
-    assert renamed.sentence.replace("x", "old").replace("y", "other") != ""
     assert [e.low for e in renamed.effects] == [e.low for e in first.effects]
 
 

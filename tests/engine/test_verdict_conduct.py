@@ -114,7 +114,10 @@ def test_other_settings_are_shown_and_do_not_decide():
 
 
 def test_the_setting_marked_primary_decides():
-    made = [*arms("old"), *(Arm(n, r, setting="far", primary=True) for n, r in (("old", "control"), ("new", "treatment")))]
+    made = [
+        *arms("old"),
+        *(Arm(n, r, setting="far", primary=True) for n, r in (("old", "control"), ("new", "treatment"))),
+    ]
     result = verdict([*runs(old=CLEAR), *runs("far", old=[-g for g in CLEAR])], made)
     assert (result.word, result.setting) == ("contradicted", "far")
 
@@ -201,7 +204,9 @@ def test_seeds_and_items_together_are_said_in_the_sentence():
 def test_the_order_of_items_does_not_matter():
     scores = item_scores(17)
     records = with_items(scores)
-    turned = replace(items(scores["old"][0]), ids=tuple(f"q{k}" for k in range(16, -1, -1)), scores=tuple(scores["old"][0][::-1]))
+    turned = replace(
+        items(scores["old"][0]), ids=tuple(f"q{k}" for k in range(16, -1, -1)), scores=tuple(scores["old"][0][::-1])
+    )
     records[0] = run("old", 0, {}, items={"score": turned})
     assert verdict(records, replicate="item").effects == verdict(with_items(scores), replicate="item").effects
 
@@ -225,9 +230,9 @@ def test_two_clusters_of_items_give_no_verdict():
 
 def test_more_items_are_the_cheaper_way_where_items_make_the_noise():
     g = np.random.default_rng(3)
-    old = np.zeros((5, 12))
-    new = 0.3 + 1.0 * g.normal(size=(1, 12)) + 0.01 * g.normal(size=(5, 12))
-    result = verdict(with_items({"old": (old + np.arange(5)[:, None]).tolist(), "new": (new + np.arange(5)[:, None]).tolist()}), replicate="seed x item")
+    old = np.zeros((5, 12)) + np.arange(5)[:, None]
+    new = old + 0.3 + 1.0 * g.normal(size=(1, 12)) + 0.01 * g.normal(size=(5, 12))
+    result = verdict(with_items({"old": old.tolist(), "new": new.tolist()}), replicate="seed x item")
     assert result.word == "inconclusive"
     assert "more items" in result.advice
     assert "more seeds" not in result.advice
@@ -289,7 +294,8 @@ def test_a_control_that_was_once_as_good_gives_the_factor():
 
 def test_cost_ratio_is_the_mean_over_seeds_of_treatment_over_control():
     records = [
-        replace(r, measured={"wall_seconds": 10.0 * (1 + r.seed) * (1.5 if r.arm == "new" else 1.0)}) for r in runs(old=CLEAR)
+        replace(r, measured={"wall_seconds": 10.0 * (1 + r.seed) * (1.5 if r.arm == "new" else 1.0)})
+        for r in runs(old=CLEAR)
     ]
     assert verdict(records).cost_ratio["wall_seconds"] == pytest.approx(1.5)
 

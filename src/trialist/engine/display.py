@@ -16,6 +16,7 @@ from rich.text import Text
 from trialist.engine.execute import Event
 from trialist.engine.ledger import PlannedRun
 
+PACE_SECONDS = 5.0
 STYLES = {
     "done": "green",
     "running": "cyan",
@@ -35,6 +36,8 @@ class Row:
     numbers: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     message: str = ""
+    first: tuple[float, float] | None = None
+    """Seconds and work done at the first report: what came before it (imports, stages) tells nothing of the pace"""
 
     @property
     def share(self) -> float:
@@ -42,9 +45,16 @@ class Row:
 
     @property
     def seconds_left(self) -> float | None:
-        if self.status != "running" or not self.share:
+        """None until the run has shown its pace for some seconds."""
+        if self.status != "running" or self.first is None or self.seconds - self.first[0] < PACE_SECONDS:
             return None
-        return self.seconds * (1 - self.share) / self.share
+        return (self.seconds - self.first[0]) / (self.done - self.first[1]) * (self.total - self.done)
+
+    @property
+    def seconds_in_all(self) -> float | None:
+        if self.status in ("done", "diverged"):
+            return self.seconds or None
+        return None if self.seconds_left is None else self.seconds + self.seconds_left
 
 
 class Forecast:
@@ -55,11 +65,7 @@ class Forecast:
 
     def seconds_per_run(self, rows: Sequence[Row]) -> float | None:
         """None until some run is far enough to tell."""
-        seen = [
-            row.seconds / row.share
-            for row in rows
-            if row.seconds and (row.share >= 0.02 or row.seconds >= 20) and row.share
-        ]
+        seen = [seconds for row in rows if (seconds := row.seconds_in_all) is not None]
         return sum(seen) / len(seen) if seen else None
 
     def seconds_left(self, rows: Sequence[Row]) -> float | None:
@@ -113,6 +119,7 @@ class Display:
     def __call__(self, event: Event) -> None:
         row = self.rows[event.run]
         if event.kind == "progress":
+            row.first = row.first or (event.seconds, event.done)
             row.done, row.total, row.seconds = event.done, event.total, event.seconds
             row.numbers.update(event.numbers)
         elif event.kind == "started":

@@ -27,7 +27,7 @@ def item_interval(
     """Interval over items (N,) of one given model; items of one cluster count together.
 
     Cluster-robust t; from 20 clusters on each bound is the outer one of that and of BCa over clusters, because at 20 to
-    50 clusters BCa alone errs on 3 to 6 % of the side that should hold 2.5 % (docs/statistics.md).
+    50 clusters BCa alone errs in 3 to 5.5 % on a side that should hold 2.5 % (docs/statistics.md).
     """
     d = np.asarray(differences, dtype=np.float64)
     labels = np.arange(len(d)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]

@@ -57,10 +57,17 @@ def saving_contrast(
 
 def spent(run: RunRecord, name: str) -> float | None:
     """A cost of a run, or a metric of its outcome."""
-    cost = run.cost(name)
+    cost = _cost(run, name)
     if cost is None and run.outcome is not None:
         cost = run.outcome.metrics.get(name)
     return cost if cost is not None and math.isfinite(cost) else None
+
+
+def _cost(run: RunRecord, name: str) -> float | None:
+    """`RunRecord.cost` without the copy of all costs, which a verdict over thousands of runs would feel."""
+    if name in run.measured:
+        return run.measured[name]
+    return getattr(run.outcome.cost, name) if run.outcome and name in COST_UNITS else None
 
 
 def cost_ratio(table: Table, setting: str, control: str, treatment: str) -> dict[str, float]:
@@ -72,7 +79,7 @@ def cost_ratio(table: Table, setting: str, control: str, treatment: str) -> dict
     ]
     ratios = {}
     for unit in (*COST_UNITS, *MEASURED):
-        values = [(before.cost(unit), after.cost(unit)) for before, after in pairs]
+        values = [(_cost(before, unit), _cost(after, unit)) for before, after in pairs]
         known = [after / before for before, after in values if before and after is not None]
         if known and len(known) == len(pairs):
             ratios[unit] = float(np.mean(known))

@@ -72,24 +72,7 @@ def bits_per_byte(
             f"the tokenizer gives token {int(rows.tokens.max())}, beyond the model's vocabulary of {vocabulary}; "
             "they do not belong together"
         )
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            packs = keeps_documents_apart(model, bos_id, device)
-            if not packs:
-                logger.warning(
-                    "%s ignores restarting position ids; each window is scored in a row of its own",
-                    type(model).__name__,
-                )
-            bits = (
-                _bits_of_rows(model, rows, batch_size, device)
-                if packs
-                else _bits_of_pieces(model, rows, batch_size, device)
-            )
-    finally:
-        model.train(was_training)
+    bits = bits_of_pieces(model, rows, batch_size=batch_size)
     owners = rows.pieces[:, 0]
     per_document = np.bincount(owners, weights=bits, minlength=len(documents))
     sizes = [len(text.encode()) for text in documents.texts]
@@ -97,6 +80,26 @@ def bits_per_byte(
         float(per_document.sum()) / sum(sizes),
         {name: (float(b), size) for name, b, size in zip(documents.ids, per_document, sizes)},
     )
+
+
+def bits_of_pieces(model: nn.Module, rows: PackedRows, *, batch_size: int = 16) -> np.ndarray:
+    """(P,) float64: -log2 p summed over the scored tokens of each piece of `rows`, in the order of `rows.pieces`.
+
+    The model is evaluated in eval mode without gradients and left in the mode it was in.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            if keeps_documents_apart(model, int(rows.tokens[0, 0]), device):
+                return _bits_of_rows(model, rows, batch_size, device)
+            logger.warning(
+                "%s ignores restarting position ids; each window is scored in a row of its own", type(model).__name__
+            )
+            return _bits_of_windows(model, rows, batch_size, device)
+    finally:
+        model.train(was_training)
 
 
 def keeps_documents_apart(model: nn.Module, token: int, device: torch.device) -> bool:
@@ -130,7 +133,7 @@ def _bits_of_rows(model: nn.Module, rows: PackedRows, batch_size: int, device: t
     return np.add.reduceat(bits.reshape(-1), rows.pieces[:, 1])  # padding between pieces has 0 bits
 
 
-def _bits_of_pieces(model: nn.Module, rows: PackedRows, batch_size: int, device: torch.device) -> np.ndarray:
+def _bits_of_windows(model: nn.Module, rows: PackedRows, batch_size: int, device: torch.device) -> np.ndarray:
     """(P,) bits of each piece, from rows that hold one piece each, longest first so that little is padded."""
     flat = rows.tokens.reshape(-1)
     bits = np.zeros(len(rows.pieces))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = "decoder"
 DTYPES = ("float32", "bfloat16")
-PRELOAD = ("torch", "transformers", "trialist.models", "trialist.training.fit", "trialist.objectives.cross_entropy")
+PRELOAD = ("torch", "transformers", "trialist.models", "trialist.training", "trialist.objectives")
 VERSIONS = ("torch", "transformers")
 
 
@@ -124,10 +124,9 @@ def train(
 
     A checkpoint in the run's folder lets an interrupted run go on. evaluations: points on the learning curves.
     """
-    from trialist.objectives.cross_entropy import CrossEntropy
-    from trialist.optimizers.adamw import adamw
-    from trialist.training.fit import fit
-    from trialist.training.schedules import Schedule
+    from trialist.objectives import CrossEntropy
+    from trialist.optimizers import adamw
+    from trialist.training import Schedule, fit
 
     last: dict[str, float] = {}
 

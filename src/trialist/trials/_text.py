@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,17 +147,8 @@ def load_rows(folder: Path, part: str) -> tuple[PackedRows, int]:
         return PackedRows(stored["tokens"], stored["positions"], stored["pieces"]), int(stored["bytes"])
 
 
-def bits_per_byte(model: nn.Module, rows: PackedRows, size: int, *, batch: int, device: str) -> float:
+def bits_per_byte(model: nn.Module, rows: PackedRows, size: int, *, batch: int) -> float:
     """Bits of surprise over all scored tokens, per byte of the text that they stand for."""
-    import torch
+    from trialist.evaluation.bits_per_byte import bits_of_pieces
 
-    from trialist.objectives.cross_entropy import CrossEntropy
-
-    nats = 0.0
-    with torch.no_grad():
-        for start in range(0, len(rows), batch):
-            loss, _ = CrossEntropy()(
-                model, {k: v.to(device) for k, v in rows.rows(slice(start, start + batch)).items()}
-            )
-            nats += float(loss)
-    return nats / math.log(2) / size
+    return float(bits_of_pieces(model, rows, batch_size=batch).sum()) / size

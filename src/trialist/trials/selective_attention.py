@@ -79,7 +79,7 @@ class SelectiveAttentionTrial(Trial):
     """Attention heads of the built-in decoder (the control with more heads has twice as many of the same width)"""
     length: int = 256
     """Tokens in a training sequence"""
-    batch: int = 16
+    batch: int = 8
     """Sequences in a step"""
     steps: int = 200
     """Training steps"""
@@ -161,7 +161,7 @@ class SelectiveAttentionTrial(Trial):
         )  # fmt: skip
 
         def score(trained: Any, part: str) -> float:
-            return bits_per_byte(trained, *rows[part], batch=self.batch, device=device)
+            return bits_per_byte(trained, *rows[part], batch=self.batch)
 
         batches = PackedBatches(rows["train"][0], self.batch, context.stream("data_order"))
         outcome, last = train(
