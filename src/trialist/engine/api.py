@@ -277,7 +277,7 @@ def open_backend(prepared: Prepared, runs: int) -> Backend:
     device = str(prepared.inputs.get("device", "cpu"))
     gpus = accelerators() if device.startswith("cuda") else 0
     if prepared.options.on is not None:
-        return RayTasks(prepared.options.on, prepared.options.workers, threads=1, gpus=gpus)
+        return RayTasks(prepared.options.on, 1 if prepared.timed else prepared.options.workers, threads=1, gpus=gpus)
     slots = (
         min(prepared.options.workers or gpus, gpus, max(runs, 1))
         if gpus and not prepared.timed

@@ -63,9 +63,7 @@ class Text:
         return data_digest(self.data)
 
     def remarks(self) -> tuple[str, ...]:
-        """Sizes of the user's own data, and what the split says about itself."""
-        if self.data in BUILT_IN_DATA:
-            return ()
+        """Sizes of the splits, and what a reader of results should know about them."""
         splits = self.splits()
         return (f"data {self.data}: {splits}", *splits.notes)
 
