@@ -55,7 +55,9 @@ def plugin_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def coins(plugin_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Makes the trial `coins` of the test package known, here and in workers."""
     monkeypatch.syspath_prepend(str(plugin_path))
-    monkeypatch.setenv("PYTHONPATH", str(plugin_path))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, [str(plugin_path), os.environ.get("PYTHONPATH", "")]))
+    )
     return plugin_path
 
 

@@ -64,7 +64,9 @@ def test_training_and_test_text_do_not_overlap(trial):
     assert not set(splits.train.texts) & set(splits.test.texts)
 
 
-def test_a_given_model_goes_through_the_same_path_and_loses_the_arm_it_cannot_have(text_file, llama_folder, run_arm, tmp_path):
+def test_a_given_model_goes_through_the_same_path_and_loses_the_arm_it_cannot_have(
+    text_file, llama_folder, run_arm, tmp_path
+):
     trial = SelectiveAttentionTrial(model=llama_folder, data=text_file, **{**SMALL, "lora": 2})
     trial.check()
     assert {arm.name for arm in trial.arms()} == {"standard", "selective"}

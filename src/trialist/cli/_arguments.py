@@ -22,7 +22,7 @@ Options = TypeVar("Options")
 
 def parse(options: type[Options], verb: str, arguments: Sequence[str]) -> Options:
     """Parses the arguments of a verb into a dataclass; prints help or the error and exits (0 or 2) as argparse does."""
-    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName)
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone)
     return tyro.cli(options, prog=f"trialist {verb}", args=list(arguments), config=config)
 
 
@@ -44,14 +44,14 @@ def parse_trial(verb: str, arguments: Sequence[str]) -> tuple[str, dict[str, Any
     both = make_dataclass(
         "Arguments",
         [
-            ("inputs", flat[cls], field(default=defaults)),
-            ("options", flat[RunOptions], field(default=RunOptions(preset=preset))),
+            ("trial", flat[cls], field(default=defaults)),
+            ("run", flat[RunOptions], field(default=RunOptions(preset=preset))),
         ],  # type: ignore[misc]
     )
     both.__doc__ = describe(cls, preset)
     parsed: Any = parse(both, f"{verb} {name}", rest)
-    values = {key: getattr(parsed.inputs, key) for key in (entry.name for entry in fields(cls))}
-    return name, values, parsed.options
+    values = {key: getattr(parsed.trial, key) for key in (entry.name for entry in fields(cls))}
+    return name, values, parsed.run
 
 
 def describe(cls: type[Trial], preset: str) -> str:

@@ -20,7 +20,7 @@ class Options:
     b: Annotated[str, tyro.conf.Positional]
     """Result file of the treatment, over the same items"""
     metric: str | None = None
-    """Field that holds the score (default: the only one there is)"""
+    """Field that holds the score; without it the only one there is"""
     better: Literal["higher", "lower"] = "higher"
     """Direction of the metric"""
     margin: float | None = None

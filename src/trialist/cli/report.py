@@ -24,7 +24,7 @@ class Options:
     preset: str | None = None
     """The trial's preset; without it the one that ran last"""
     output: str | None = None
-    """File to write; `-` is the terminal (default: reports/ beside the ledger for HTML, the terminal for the others)"""
+    """File to write; `-` is the terminal; without it reports/ beside the ledger for HTML, the terminal for the others"""
     ledger: str | None = None
     """The ledger file"""
 

@@ -70,7 +70,9 @@ def print_verdict(out: Console, name: str, preset: str, summary: Any) -> None:
     ]:
         value, low, high = (effect.get(key) for key in ("effect", "low", "high"))
         places = wording.effect_decimals(effect)
-        interval = "undefined" if None in (low, high) else f"{wording.signed(low, places)} to {wording.signed(high, places)}"
+        interval = (
+            "undefined" if None in (low, high) else f"{wording.signed(low, places)} to {wording.signed(high, places)}"
+        )
         table.add_row(
             str(effect.get("setting", "")),
             str(effect.get("endpoint", summary["endpoint"])),

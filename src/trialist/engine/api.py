@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import shlex
 import sys
 import time
@@ -161,7 +162,9 @@ class _Runner:
                 tasks,
                 self.backend,
                 self._listen,
-                silence_minutes=self.prepared.trial.silence_minutes,
+                silence_minutes=math.inf
+                if options.on
+                else self.prepared.trial.silence_minutes,  # Ray tells no progress
                 keep_folders=options.keep_models,
                 deadline=self.deadline,
             )
@@ -230,7 +233,7 @@ def _run_to_verdict(
             replicate=prepared.trial.replicates_over(),
             look=look,
             tuning_equal=tuned.equal,
-            tuning_note=tuned.origin,
+            tuning_note="" if tuned.origin in ("none", "this ledger") else tuned.origin,
             substitutes=prepared.trial.remarks(),
             expected=[(arm.name, arm.setting, seed) for arm in arms for seed in seeds],
         )

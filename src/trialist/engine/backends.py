@@ -125,7 +125,10 @@ class RayTasks:
             raise ValueError("--on needs Ray: pip install 'trialist[ray]'") from error
         self._ray = ray
         if not ray.is_initialized():
-            ray.init(address=None if address == "local" else address, log_to_driver=False, include_dashboard=False)
+            if address == "local":  # a cluster of this machine, on the loopback interface
+                ray.init(_node_ip_address="127.0.0.1", log_to_driver=False, include_dashboard=False)
+            else:
+                ray.init(address=address, log_to_driver=False)
         total = int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1))
         self.slots = min(slots, total) if slots else total
         self._remote = ray.remote(num_cpus=threads, num_gpus=1 if gpus else 0, max_retries=0)(_perform_remotely)

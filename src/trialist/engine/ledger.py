@@ -289,9 +289,7 @@ class Ledger:
                 .values(status="queued", owner=None, lease_until=None)
             )
 
-    def finish(
-        self, run: str, outcome: Outcome, measured: Mapping[str, float], stages: Sequence[str] = ()
-    ) -> None:
+    def finish(self, run: str, outcome: Outcome, measured: Mapping[str, float], stages: Sequence[str] = ()) -> None:
         """Stores outcome and state in one transaction."""
         status = "done" if outcome.diverged is None else "diverged"
         with self._transaction() as connection:

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class RunOptions:
     preset: str | None = None
-    """Size of the trial: demo, tiny, real, gpu or paper, as far as it has them (default: tiny, else the first)"""
+    """Size of the trial: demo, tiny, real, gpu or paper, as far as it has them; without it tiny, else the first"""
     seeds: int | None = None
-    """Replicates: training seeds (default: the preset's; 6 for your own model or data, 1 where items are the replicate)"""
+    """Replicates: training seeds; without it the preset's; 6 for your own model or data, 1 where items are the replicate"""
     seed_start: int = 0
     """First seed"""
     arms: tuple[str, ...] = ()
-    """Run these arms only (default: all)"""
+    """Run these arms only; without it all"""
     margin: float | None = None
-    """Smallest effect worth having, in the endpoint's unit (default: the claim's)"""
+    """Smallest effect worth having, in the endpoint's unit; without it the claim's"""
     endpoint: str | None = None
     """Replace the claim's endpoint by another metric of the runs, `name` or `name:higher` or `name:lower`; needs --margin"""
     tune: bool = False
@@ -26,13 +26,13 @@ class RunOptions:
     looks: str = "3,5,8"
     """Numbers of seeds at which to look with --until-decided, or `any` for an anytime-valid interval"""
     workers: int | None = None
-    """Runs at the same time on this machine (default: one a core, at most 4; one a GPU; 1 where time is measured)"""
+    """Runs at the same time on this machine; without it one a core, at most 4; one a GPU; 1 where time is measured"""
     on: str | None = None
     """Run on a Ray cluster instead, for example ray://head:10001, or `local`; needs trialist[ray]"""
     ledger: str | None = None
-    """The ledger file (default: .trialist/ledger.db below the current folder, or below TRIALIST_HOME)"""
+    """The ledger file; without it .trialist/ledger.db below the current folder, or below TRIALIST_HOME"""
     output: str | None = None
-    """Where the HTML report goes (default: reports/ beside the ledger)"""
+    """Where the HTML report goes; without it reports/ beside the ledger"""
     max_minutes: float | None = None
     """Stop between runs after so many minutes; the same command goes on later"""
     retry: bool = False

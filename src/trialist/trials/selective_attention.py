@@ -88,7 +88,7 @@ class SelectiveAttentionTrial(Trial):
     test_bytes: int = 65_536
     """Bytes of test text (and of validation text for tuning)"""
     split: str | None = None
-    """Split of the data to read: `train` is cut 80/10/10, another name is the test set (default: as the data come)"""
+    """Split of the data to read: `train` is cut 80/10/10, another name is the test set; without it as the data come"""
     columns: str = ""
     """Column that holds the text, text=NAME"""
     max_examples: int | None = None
