@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +21,24 @@ def here(coins, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRIALIST_HOME")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(plugin_path, tmp_path_factory):
+    """A folder in which `trialist run coins` has finished."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(plugin_path))
+        patch.chdir(folder)
+        patch.delenv("TRIALIST_HOME", raising=False)
+        assert main(["run", "coins", *FAST]) == 0
+    return folder
+
+
+@pytest.fixture
+def after_a_run(here, finished):
+    shutil.copytree(finished, here, dirs_exist_ok=True)
+    return here
 
 
 def call(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -84,8 +103,7 @@ def test_tuning_gives_every_arm_the_same_tries_and_chooses_on_its_own_metric(her
     assert {row["setting"] for row in tries} == {"table"}
 
 
-def test_runs_as_json_hold_what_a_script_needs(here, capsys):
-    call(capsys, "run", "coins", *FAST)
+def test_runs_as_json_hold_what_a_script_needs(after_a_run, capsys):
     rows = json.loads(call(capsys, "runs", "--json")[1])
     assert len(rows) == 24
     assert {"id", "trial", "setting", "arm", "seed", "status"} <= set(rows[0])
@@ -98,8 +116,7 @@ def test_looking_early_stops_when_it_is_decided(here, capsys):
     assert "seeds 0 to 7" not in err
 
 
-def test_verify_finds_the_same_numbers_again(here, capsys):
-    call(capsys, "run", "coins", *FAST)
+def test_verify_finds_the_same_numbers_again(after_a_run, capsys):
     run = json.loads(call(capsys, "runs", "--json")[1])[0]["id"]
     code, out, _ = call(capsys, "verify", run[:8])
     assert code == 0
@@ -116,8 +133,7 @@ def test_verify_refuses_a_run_whose_inputs_changed(here, capsys):
     assert "not what they were" in " ".join(err.split())
 
 
-def test_export_of_a_trial_without_a_model_says_so(here, capsys):
-    call(capsys, "run", "coins", *FAST)
+def test_export_of_a_trial_without_a_model_says_so(after_a_run, capsys):
     run = json.loads(call(capsys, "runs", "--json")[1])[0]["id"]
     code, _, err = call(capsys, "export", run, "--to", "model")
     assert code == 2
@@ -128,8 +144,7 @@ def test_export_of_a_trial_without_a_model_says_so(here, capsys):
 
 
 @pytest.mark.parametrize("form", ["html", "md", "json"])
-def test_report_in_every_format(here, capsys, form):
-    call(capsys, "run", "coins", *FAST)
+def test_report_in_every_format(after_a_run, capsys, form):
     code, out, _ = call(capsys, "report", "coins", "--format", form, "--output", "-")
     assert code == 0
     assert "heads" in out
@@ -223,12 +238,12 @@ def test_python_dash_m_is_the_command_and_help_is_instant():
     assert time.perf_counter() - start < 2.0  # 0.1 s on a quiet machine
 
 
-def test_the_python_call_gives_the_same_verdict(here, capsys):
+def test_the_python_call_gives_the_same_verdict(after_a_run, capsys):
     import trialist
 
     _, out, _ = call(capsys, "run", "coins", *FAST)
     verdict = trialist.run("coins", throws=40, seeds=4)
     assert verdict.word == "supported"
     assert verdict.sentence in out
-    assert Path(verdict.report(str(here / "report.html"))).is_file()
+    assert Path(verdict.report(str(after_a_run / "report.html"))).is_file()
     assert "supported" in verdict._repr_html_()

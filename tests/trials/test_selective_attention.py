@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_a_given_model_goes_through_the_same_path_and_loses_the_arm_it_cannot_ha
 
 def test_another_file_of_the_same_content_is_the_same_input(trial, text_file, tmp_path):
     copy = tmp_path / "copy.txt"
-    copy.write_bytes(open(text_file, "rb").read())
+    copy.write_bytes(Path(text_file).read_bytes())
     assert inputs_by_content(trial) == inputs_by_content(dataclasses.replace(trial, data=str(copy)))
 
 

@@ -55,10 +55,10 @@ def parse_trial(verb: str, arguments: Sequence[str]) -> tuple[str, dict[str, Any
 
 
 def describe(cls: type[Trial], preset: str) -> str:
-    presets = ", ".join(
-        f"{name} ({about})" if (about := entry.get("about")) else name for name, entry in presets_of(cls).items()
-    )
-    return f"{(cls.__doc__ or '').strip()}\n\n{cls.claim.statement} ({cls.claim.source})\nPresets: {presets}. Defaults below: {preset}."
+    entries = presets_of(cls).items()
+    presets = ", ".join(f"{name} ({about})" if (about := entry.get("about")) else name for name, entry in entries)
+    question = (cls.__doc__ or "").strip()
+    return f"{question}\n\n{cls.claim.statement} ({cls.claim.source})\nPresets: {presets}. Defaults below: {preset}."
 
 
 def fill_optional_value(arguments: list[str], flag: str) -> list[str]:
