@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from decided import arms, claim, run, verdict
 from scipy import stats
 
+from tests.engine.decided import arms, claim, run, verdict
 from trialist.engine.contract import Arm, Endpoint
 from trialist.engine.effects import (
     Cell,

@@ -6,8 +6,8 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-import synthetic_trials as made
 
+from tests.engine import synthetic_trials as made
 from trialist.engine.evidence import load_evidence, render_evidence
 from trialist.engine.summary import write_evidence
 

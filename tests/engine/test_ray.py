@@ -19,7 +19,7 @@ def test_asking_for_ray_without_it_names_the_extra(monkeypatch):
 @pytest.mark.slow
 def test_runs_on_ray_equal_runs_in_local_processes(coins, tmp_path):
     pytest.importorskip("ray")
-    from test_execution import outcomes, start, work_through
+    from tests.engine.test_execution import outcomes, start, work_through
 
     ledger, tasks = start(crash="old")
     execute(ledger, tasks, RayTasks("local", 2, 1), lambda event: None)

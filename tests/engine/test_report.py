@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-import synthetic_trials as made
 
+from tests.engine import synthetic_trials as made
 from trialist.engine import charts, wording
 from trialist.engine.contract import Arm
 from trialist.engine.report import (

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
-import synthetic_trials as made
 
+from tests.engine import synthetic_trials as made
 from trialist.engine.contract import Arm, Endpoint
 from trialist.engine.plain import clean, dump_json
 from trialist.engine.summary import (

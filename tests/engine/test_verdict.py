@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from decided import MARGIN, NON_INFERIOR, SCORE, and_cost, and_metric, arms, claim, runs, verdict
 
+from tests.engine.decided import MARGIN, NON_INFERIOR, SCORE, and_cost, and_metric, arms, claim, runs, verdict
 from trialist.engine.contract import Endpoint, Saving
 from trialist.engine.sequential import Look
 

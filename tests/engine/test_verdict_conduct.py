@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from decided import SCORE, Given, and_cost, and_metric, arms, base, claim, items, run, runs, trial, verdict
 
+from tests.engine.decided import SCORE, Given, and_cost, and_metric, arms, base, claim, items, run, runs, trial, verdict
 from trialist.engine.contract import Arm, Budget, Cost, Endpoint, Saving
 from trialist.engine.contrasts import contrast_items
 from trialist.engine.intervals import paired_t

@@ -35,6 +35,8 @@ def test_an_arm_with_more_parameters_keeps_all_common_ones() -> None:
     ):
         large = build(3, **changes).state_dict()
         common = [name for name in small if name in large and name != "lm_head.weight"]
+        if "num_hidden_layers" in changes:  # residual projections are scaled by depth
+            common = [name for name in common if not name.endswith(("o_proj.weight", "down_proj.weight"))]
         assert len(common) > 10
         assert all(torch.equal(small[name], large[name]) for name in common), changes
 
@@ -45,6 +47,17 @@ def test_layers_differ_and_have_the_configured_spread() -> None:
     assert not torch.equal(first, second)
     assert first.std().item() == pytest.approx(0.05, rel=0.03)
     assert (model.model.norm.weight == 1).all()
+
+
+@pytest.mark.parametrize("prepare", [initialize_, lambda model, seed: None], ids=["keyed", "as constructed"])
+def test_projections_into_the_residual_stream_are_scaled_by_depth(prepare) -> None:
+    config = ModularDecoderConfig(**{**SMALL, "hidden_size": 96, "intermediate_size": 300, "num_hidden_layers": 8})
+    model = ModularDecoderForCausalLM(config)
+    prepare(model, 0)
+    for layer in (model.model.layers[0], model.model.layers[7]):
+        assert layer.mixer.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.03)
+        for weight in (layer.mixer.o_proj.weight, layer.ffn.down_proj.weight):
+            assert weight.std().item() == pytest.approx(0.02 / 4, rel=0.03)
 
 
 def test_the_global_random_state_is_left_alone() -> None:

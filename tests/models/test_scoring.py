@@ -6,10 +6,9 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from tests.models.conftest import SIZES, sharpen
 from trialist.models import scoring, selected_logprobs
 from trialist.models.scoring import Head, _project
-
-from conftest import SIZES, sharpen  # isort: skip
 
 
 def plain_logprobs(model: nn.Module, ids: Tensor, mask: Tensor | None, scored: Tensor) -> tuple[Tensor, Tensor]:

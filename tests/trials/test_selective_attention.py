@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import arm_of, model_folder
 
+from tests.trials.conftest import arm_of, model_folder
 from trialist.engine.identity import inputs_by_content
 from trialist.trials._text import Text, load_rows
 from trialist.trials.selective_attention import SelectiveAttentionTrial

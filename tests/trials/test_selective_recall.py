@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import arm_of
 
+from tests.trials.conftest import arm_of
 from trialist.trials.selective_recall import SelectiveRecallTrial, accuracy, symbol_ids
 
 SMALL = {"layers": 1, "width": 16, "heads": 2, "fewest": 2, "most": 3, "batch": 5, "steps": 4, "test_items": 7}

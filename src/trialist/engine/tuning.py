@@ -23,7 +23,7 @@ class Tuned:
     values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rows: tuple[Mapping[str, Any], ...] = ()
     origin: str = "none"
-    """`none`, `shipped with the trial` or `this ledger`"""
+    """`none`, `this ledger`, or that they shipped with the trial and at which preset they were tuned"""
 
     def apply(self, arms: Sequence[Arm]) -> tuple[Arm, ...]:
         return tuple(arm.with_options(**self.values.get(arm.name, {})) for arm in arms)
@@ -51,8 +51,15 @@ def shipped(prepared: Prepared) -> Tuned | None:
     file = tuned_file(prepared.path)
     if not file.is_file():
         return None
-    entry = json.loads(file.read_text()).get(prepared.preset)
-    return None if entry is None else Tuned(entry["values"], tuple(entry["rows"]), "shipped with the trial")
+    stored = json.loads(file.read_text())
+    preset = (
+        "tiny" if prepared.preset == "demo" and "demo" not in stored else prepared.preset
+    )  # a demo is a smaller tiny
+    if preset not in stored:
+        return None
+    return Tuned(
+        stored[preset]["values"], tuple(stored[preset]["rows"]), f"shipped with the trial, tuned at preset {preset}"
+    )
 
 
 def ship(prepared: Prepared, tuned: Tuned) -> Path:

@@ -18,6 +18,8 @@ from trialist.models.configuration import ModularDecoderConfig
 class FullAttention(nn.Module):
     """softmax(q k^T / sqrt(D)) v after rotary embedding; the computation is `config._attn_implementation`'s."""
 
+    residual_output = "o_proj"
+
     def __init__(self, config: ModularDecoderConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config

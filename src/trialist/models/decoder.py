@@ -5,11 +5,13 @@ With `full_attention`, `swiglu`, `stack` and `norm_style="pre"` it computes what
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -24,6 +26,8 @@ from trialist.models.configuration import DEPTHS, FEED_FORWARDS, MIXERS, Modular
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), arXiv 2002.05202."""
+
+    residual_output = "down_proj"
 
     def __init__(self, config: ModularDecoderConfig, layer_idx: int) -> None:
         super().__init__()
@@ -52,6 +56,8 @@ class DecoderBlock(GradientCheckpointingLayer):
             self.mixer_stream_norm, self.ffn_stream_norm = norm(), norm()
         self.mixer = resolve(MIXERS, config.layer_types[layer_idx])(config, layer_idx)
         self.ffn = resolve(FEED_FORWARDS, config.ffn_types[layer_idx])(config, layer_idx)
+        for branch in (self.mixer, self.ffn):
+            getattr(branch, branch.residual_output).is_residual_output = True  # where its initial weights are drawn
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         x = x + self.mixer(self.mixer_norm(x), **kwargs)[0]
@@ -87,6 +93,15 @@ class ModularDecoderPreTrainedModel(PreTrainedModel):
         "hidden_states": DecoderBlock,
         "attentions": OutputRecorder(FullAttention, index=1),
     }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if getattr(module, "is_residual_output", False):
+            # as in GPT-2: with the plain rule the sum of the branches drowns the token's own embedding at the start, the
+            # more so the more heads there are, and a wide attention learns late for no reason of its own
+            scale = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.weight, mean=0.0, std=scale)
 
 
 class ModularDecoderModel(ModularDecoderPreTrainedModel):

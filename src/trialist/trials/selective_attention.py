@@ -22,7 +22,7 @@ from trialist.trials._language_model import (
 )
 from trialist.trials._text import Text, bits_per_byte, load_rows
 
-LEARNING_RATES = {"learning_rate": (1e-3, 3e-3, 1e-2)}
+LEARNING_RATES = {"learning_rate": (5e-4, 1e-3, 2e-3)}
 LEARNING_RATES_GIVEN_MODEL = {"learning_rate": (1e-5, 5e-5, 2e-4)}
 
 
@@ -41,7 +41,7 @@ class SelectiveAttentionTrial(Trial):
     budget = Budget("tokens")
     tuning = Tuning(tries=3, metric=Endpoint("validation_bits_per_byte", unit="bits per byte", better="lower"))
     presets = {
-        "demo": dict(steps=200, batch=4, test_bytes=16_384, seeds=3, about="under 5 minutes on 2 cores"),
+        "demo": dict(steps=180, batch=4, test_bytes=16_384, seeds=3, about="under 5 minutes on 2 cores"),
         "tiny": dict(seeds=3, about="about 10 minutes a setting on 2 cores"),
         "real": dict(
             model="smollm2-135m-instruct", length=512, batch=2, steps=150, test_bytes=131_072, seeds=3,
@@ -83,7 +83,7 @@ class SelectiveAttentionTrial(Trial):
     """Sequences in a step"""
     steps: int = 200
     """Training steps"""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     """Peak learning rate where nothing was tuned"""
     test_bytes: int = 65_536
     """Bytes of test text (and of validation text for tuning)"""
@@ -141,7 +141,7 @@ class SelectiveAttentionTrial(Trial):
             knobs = None if null else tune
             standard = {**shared, "attention": "standard", "heads": 1}
             yield Arm("standard", "control", setting, null, options=standard, tune=knobs, about="standard attention")
-            if scratch:
+            if scratch and not null:
                 yield Arm("double-heads", "control", setting, null, options={**standard, "heads": 2}, tune=knobs,
                           about="standard attention, twice the heads, attention parameters doubled")  # fmt: skip
             yield Arm("selective", "treatment", setting, null, options={**standard, "attention": "selective"}, tune=knobs,

@@ -76,11 +76,11 @@ class SelectiveRecallTrial(Trial):
     """Most pairs in a training sequence; the test asks at 1, 2 and 4 times as many"""
     batch: int = 64
     """Sequences in a step"""
-    steps: int = 1000
+    steps: int = 800
     """Training steps"""
     learning_rate: float = 1e-3
     """Peak learning rate where nothing was tuned"""
-    test_items: int = 512
+    test_items: int = 256
     """Test sequences at each length"""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`"""
@@ -121,7 +121,7 @@ class SelectiveRecallTrial(Trial):
             standard = {**shared, "attention": "standard", "heads": 1}
             knobs = None if null else tune
             yield Arm("standard", "control", setting, null, options=standard, tune=knobs, about="standard attention")
-            if scratch:
+            if scratch and not null:
                 yield Arm("double-heads", "control", setting, null, options={**standard, "heads": 2}, tune=knobs,
                           about="standard attention, twice the heads, attention parameters doubled")  # fmt: skip
             yield Arm("selective", "treatment", setting, null, options={**standard, "attention": "selective"}, tune=knobs,
@@ -163,7 +163,7 @@ class SelectiveRecallTrial(Trial):
             learning_rate=arm["learning_rate"],
             dtype=self.dtype,
             evaluate=lambda _: {f"accuracy_{times}x": score(times) for times in (1, 2, 4)},
-            evaluations=5,
+            evaluations=3,
         )
         if outcome.diverged is not None:
             return outcome
