@@ -19,7 +19,8 @@ from trialist.engine.backends import LocalProcesses
 from trialist.engine.context import Context
 from trialist.engine.contract import Arm, Budget, Claim, Cost, Endpoint, Outcome, Trial
 from trialist.engine.execute import execute
-from trialist.engine.ledger import Configuration, Ledger, PlannedRun
+from trialist.engine.ledger import Ledger
+from trialist.engine.records import Configuration, PlannedRun
 from trialist.engine.worker import Task
 
 RUNS, LONG_RUNS, LONG_SECONDS = 60, 4, 5.0

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from trialist.engine.display import Display, Forecast, Row, duration
 from trialist.engine.execute import Event
-from trialist.engine.ledger import PlannedRun
+from trialist.engine.records import PlannedRun
 
 
 def planned(name: str) -> PlannedRun:

@@ -10,7 +10,8 @@ import sqlalchemy as sa
 
 from trialist.engine import ledger as module
 from trialist.engine.contract import Cost, Items, Outcome
-from trialist.engine.ledger import Configuration, Ledger, LedgerError, PlannedRun, refuse_network_file_system
+from trialist.engine.ledger import Ledger, LedgerError, refuse_network_file_system
+from trialist.engine.records import Configuration, PlannedRun
 
 CONFIGURATION = Configuration("key", "coins", "m:C", "tiny", {"throws": 3}, "trialist run coins")
 

@@ -8,14 +8,15 @@ from rich.console import Console
 
 from trialist.cli._arguments import console, parse_trial, print_json
 from trialist.engine.display import duration
-from trialist.engine.estimate import estimate
-from trialist.engine.plan import prepare
 
 
 def main(arguments: Sequence[str]) -> int:
     arguments = list(arguments)
     as_json = "--json" in arguments
     name, fields, options = parse_trial("plan", [argument for argument in arguments if argument != "--json"])
+    from trialist.engine.estimate import estimate
+    from trialist.engine.plan import prepare
+
     prepared = prepare(name, fields, options)
     progress = Console(stderr=True)
     progress.print("timing the first steps of every arm ...", highlight=False)

@@ -9,9 +9,6 @@ from typing import Any
 from rich.console import Console
 
 from trialist.cli._arguments import console, parse_trial
-from trialist.engine.api import command_line, conduct
-from trialist.engine.display import Display
-from trialist.engine.plan import prepare
 
 STYLES = {
     "supported": "bold white on green4",
@@ -25,6 +22,10 @@ STYLES = {
 
 def main(arguments: Sequence[str]) -> int:
     name, fields, options = parse_trial("run", arguments)
+    from trialist.engine.api import command_line, conduct
+    from trialist.engine.display import Display
+    from trialist.engine.plan import prepare
+
     prepared = prepare(name, fields, options, command=command_line())
     progress = Console(stderr=True)
     confirm = (lambda question: ask(progress, question)) if sys.stdin.isatty() and progress.is_terminal else None

@@ -19,10 +19,10 @@ from trialist.engine.contract import Arm
 from trialist.engine.display import Display, duration
 from trialist.engine.execute import Event, execute
 from trialist.engine.hardware import accelerators, cores, describe_hardware, describe_versions
-from trialist.engine.ledger import Ledger, PlannedRun
+from trialist.engine.ledger import Ledger
 from trialist.engine.options import RunOptions
 from trialist.engine.plan import Prepared, in_blocks, prepare, preset_fields, presets_of
-from trialist.engine.records import RunRecord, Verdict
+from trialist.engine.records import PlannedRun, RunRecord, Verdict
 from trialist.engine.stages import list_stages
 
 ASK_ABOVE_MINUTES = 30.0

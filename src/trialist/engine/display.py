@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trialist.engine.execute import Event
-from trialist.engine.ledger import PlannedRun
+from trialist.engine.records import PlannedRun
 
 PACE_SECONDS = 5.0
 STYLES = {

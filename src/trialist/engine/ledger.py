@@ -14,7 +14,6 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import psutil
 import sqlalchemy as sa
 
 from trialist.engine.contract import Outcome
-from trialist.engine.records import RunRecord, outcome_from_json, outcome_to_json
+from trialist.engine.records import Configuration, PlannedRun, RunRecord, outcome_from_json, outcome_to_json
 
 SCHEMA = 1
 LEASE_SECONDS = 60.0
@@ -87,34 +86,6 @@ _summaries = sa.Table(
 
 class LedgerError(RuntimeError):
     """The ledger cannot be used; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """A trial with given inputs: what runs and summaries belong to."""
-
-    key: str
-    trial: str
-    path: str
-    preset: str
-    inputs: Mapping[str, Any]
-    command: str
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """A run as it is to be stored."""
-
-    id: str
-    identity: str
-    source: str
-    configuration: str
-    trial: str
-    setting: str
-    arm: str
-    seed: int
-    options: Mapping[str, Any]
-    purpose: str = "trial"
 
 
 class Ledger:

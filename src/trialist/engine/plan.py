@@ -14,9 +14,8 @@ from typing import Any
 from trialist.engine.contract import Arm, Better, Endpoint, Trial
 from trialist.engine.home import home_folder
 from trialist.engine.identity import digest, inputs_by_content, inputs_of, run_identity, source_digest
-from trialist.engine.ledger import Configuration, PlannedRun
 from trialist.engine.options import RunOptions
-from trialist.engine.records import primary_setting, settings_of
+from trialist.engine.records import Configuration, PlannedRun, primary_setting, settings_of
 from trialist.engine.registry import load_path, load_trial, trial_paths
 from trialist.engine.worker import Task
 

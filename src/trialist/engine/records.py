@@ -14,6 +14,34 @@ Word = Literal["supported", "small", "no effect", "contradicted", "inconclusive"
 
 
 @dataclass(frozen=True)
+class Configuration:
+    """A trial with given inputs: what runs and summaries belong to."""
+
+    key: str
+    trial: str
+    path: str
+    preset: str
+    inputs: Mapping[str, Any]
+    command: str
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run as it is to be stored."""
+
+    id: str
+    identity: str
+    source: str
+    configuration: str
+    trial: str
+    setting: str
+    arm: str
+    seed: int
+    options: Mapping[str, Any]
+    purpose: str = "trial"
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """One arm in one setting with one seed, as stored."""
 

@@ -14,9 +14,9 @@ from typing import Any
 from trialist.engine.backends import LocalProcesses
 from trialist.engine.hardware import accelerators, resolve_device
 from trialist.engine.identity import inputs_by_content, run_identity, source_digest
-from trialist.engine.ledger import Configuration, Ledger
+from trialist.engine.ledger import Ledger
 from trialist.engine.plan import rebuild
-from trialist.engine.records import outcome_to_json
+from trialist.engine.records import Configuration, outcome_to_json
 from trialist.engine.worker import Task, find_arm
 
 
