@@ -90,6 +90,8 @@ def arm_model(
             head_dim=width // heads,
             layer_types=["selective_attention" if selective else "full_attention"] * layers,
             max_position_embeddings=length,
+            initializer_range=width
+            ** -0.5,  # at these widths the usual 0.02 is so small that circuits form late, if at all
         )
         built = ModularDecoderForCausalLM(config)
         initialize_(built, context.stream("init"))

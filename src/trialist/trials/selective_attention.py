@@ -22,7 +22,7 @@ from trialist.trials._language_model import (
 )
 from trialist.trials._text import Text, bits_per_byte, load_rows
 
-LEARNING_RATES = {"learning_rate": (5e-4, 1e-3, 2e-3)}
+LEARNING_RATES = {"learning_rate": (1e-3, 2e-3, 4e-3)}
 LEARNING_RATES_GIVEN_MODEL = {"learning_rate": (1e-5, 5e-5, 2e-4)}
 
 
@@ -83,7 +83,7 @@ class SelectiveAttentionTrial(Trial):
     """Sequences in a step"""
     steps: int = 200
     """Training steps"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Peak learning rate where nothing was tuned"""
     test_bytes: int = 65_536
     """Bytes of test text (and of validation text for tuning)"""
