@@ -102,6 +102,9 @@ class LocalProcesses:
     def _forget(self, run: str) -> None:
         process, ours, gpu = self._running.pop(run)
         process.join(10)
+        if process.is_alive():  # a thread that a run left behind holds it up
+            process.kill()
+            process.join()
         ours.close()
         process.close()
         if gpu is not None:

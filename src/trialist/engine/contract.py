@@ -7,6 +7,7 @@ Everything here is a plain frozen dataclass. A trial module imports this file an
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -216,7 +217,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(ABC):
     """A controlled experiment that tests one claim. Subclasses are frozen dataclasses whose fields are the inputs."""
 
     claim: ClassVar[Claim]
@@ -238,13 +239,15 @@ class Trial:
     effect: ClassVar[Any] = None
     """A function of `trialist.engine.effects` that replaces the paired difference (grids, slopes, associations)"""
 
+    @abstractmethod
     def arms(self) -> Iterator[Arm]:
-        raise NotImplementedError
+        """What is compared, for these inputs."""
 
+    @abstractmethod
     def run(self, arm: Arm, seed: int, context: Context) -> Outcome:
-        raise NotImplementedError
+        """One arm in one setting with one seed: a pure function, its randomness from `context.stream` only."""
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 - most inputs need no check
         """Raises ValueError or FileNotFoundError for inputs that cannot work, before anything is started."""
 
     def digests(self) -> Mapping[str, str]:

@@ -90,7 +90,7 @@ def peak_bytes() -> int:
 
 
 def work(task: Task, connection: Connection) -> None:
-    """The process's main function. Ends with the process: nothing of the interpreter's teardown is waited for."""
+    """The process's main function: runs the task, sends what came out, and ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(task.environment)
@@ -118,7 +118,7 @@ def work(task: Task, connection: Connection) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         connection.close()
-        os._exit(code)
+    sys.exit(code)
 
 
 def _redirect_output(log: Path) -> None:

@@ -76,7 +76,7 @@ class SelectiveRecallTrial(Trial):
     """Most pairs in a training sequence; the test asks at 1, 2 and 4 times as many"""
     batch: int = 64
     """Sequences in a step"""
-    steps: int = 800
+    steps: int = 1600
     """Training steps"""
     learning_rate: float = 1e-3
     """Peak learning rate where nothing was tuned"""
