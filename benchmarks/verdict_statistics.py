@@ -7,7 +7,7 @@ function gives percentages; the slow tests hold them to their bounds with the sa
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -101,6 +101,12 @@ class Simulated(Trial):
 
     claim: ClassVar[Claim] = Claim("a", "b", "c", Endpoint("score", margin=MARGIN))
     budget: ClassVar[Budget] = Budget("steps")
+
+    def arms(self) -> Iterator[Arm]:
+        yield from ARMS
+
+    def run(self, arm: Arm, seed: int, context: object) -> Outcome:
+        return Outcome()
 
 
 @dataclass(frozen=True)

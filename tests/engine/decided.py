@@ -31,6 +31,9 @@ class Given(Trial):
     def arms(self):
         yield from ()
 
+    def run(self, arm, seed, context):
+        return Outcome()
+
 
 def trial(of: Claim | None = None, **attributes: Any) -> Trial:
     return type("Given", (Given,), {"claim": of or claim(), **attributes})()
