@@ -91,4 +91,5 @@ def print_json(document: Any) -> None:
 
 def console() -> Console:
     """Where results are printed; progress and errors go to stderr."""
-    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    piped = not sys.stdout.isatty()
+    return Console(soft_wrap=piped, width=200 if piped else None, highlight=False)  # ids are not cut in a pipe

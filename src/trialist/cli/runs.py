@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from trialist.cli._arguments import console, ledger_path, parse, print_json
 
@@ -50,24 +50,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.json:
         print_json(rows)
         return 0
-    from rich.table import Table
-    from rich.text import Text
-
-    from trialist.engine.display import STYLES, duration
-
     out = console()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("id", "trial", "preset", "setting", "arm", "seed", "status", "time", "started", "error"):
-        table.add_column(column, no_wrap=column != "error")
     shown = rows[: options.limit] if options.limit else rows
-    for row in shown:
-        arm = row["arm"] + (" (tuning)" if row["purpose"] == "tuning" else "")
-        table.add_row(
-            row["id"], row["trial"], row["preset"], row["setting"], arm, str(row["seed"]),
-            Text(row["status"], style=STYLES.get(row["status"], "dim")),
-            duration((row["measured"] or {}).get("wall_seconds")), _when(row["started"]), row["error"] or "",
-        )  # fmt: skip
-    out.print(table)
+    print_rows(shown)
     if len(shown) < len(rows):
         out.print(f"... {len(rows) - len(shown)} more; --limit 0 prints all")
     if options.errors:
@@ -78,6 +63,39 @@ def main(arguments: Sequence[str]) -> int:
                 )
                 out.print(row["traceback"] or row["error"], markup=False)
     return 0
+
+
+COLUMNS = ("id", "trial", "preset", "setting", "arm", "seed", "status", "time", "started", "error")
+MOST_STYLED = 500
+"""Longer listings are plain columns: laying out thousands of styled cells takes seconds"""
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from trialist.engine.display import STYLES, duration
+
+    cells = [
+        (
+            row["id"], row["trial"], row["preset"], row["setting"],
+            row["arm"] + (" (tuning)" if row["purpose"] == "tuning" else ""), str(row["seed"]), row["status"],
+            duration((row["measured"] or {}).get("wall_seconds")), _when(row["started"]), row["error"] or "",
+        )
+        for row in rows
+    ]  # fmt: skip
+    if len(cells) > MOST_STYLED:
+        widths = [max(map(len, column)) for column in zip(COLUMNS, *cells)]
+        for line in (COLUMNS, *cells):
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in COLUMNS:
+        table.add_column(column, no_wrap=column != "error")
+    for line in cells:
+        status = Text(line[6], style=STYLES.get(line[6], "dim"))
+        table.add_row(*line[:6], status, *line[7:])
+    console().print(table)
 
 
 def _stages(options: Options, root: object) -> int:
