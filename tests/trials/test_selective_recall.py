@@ -8,7 +8,7 @@ import torch
 from tests.trials.conftest import arm_of
 from trialist.trials.selective_recall import SelectiveRecallTrial, accuracy, symbol_ids
 
-SMALL = {"layers": 1, "width": 16, "heads": 2, "fewest": 2, "most": 3, "batch": 5, "steps": 4, "test_items": 7}
+SMALL = {"layers": 1, "width": 16, "heads": 2, "fewest": 2, "most": 3, "batch": 16, "steps": 15, "test_items": 7}
 
 
 @pytest.fixture
