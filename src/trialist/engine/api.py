@@ -149,12 +149,12 @@ class _Runner:
         answers = self.ledger.enqueue(planned, accept_stale=options.accept_stale, retry=options.retry)
         rows = [answers[run.id] for run in planned]
         statuses = self.ledger.statuses(rows)
-        todo = sum(status in ("queued", "running") for status in statuses.values())
-        if todo and self.backend is None:
-            self.backend = open_backend(self.prepared, todo)
+        unfinished = sum(status in ("queued", "running") for status in statuses.values())
+        if unfinished and self.backend is None:
+            self.backend = open_backend(self.prepared, unfinished)
         slots = self.backend.slots if self.backend else 1
         self.display.add(planned, answers, statuses, slots, phase)
-        if todo and self.backend is not None:
+        if unfinished and self.backend is not None:
             threads = threads_per_run(slots)
             tasks = [self.prepared.task(run, answers[run.id], threads) for run in planned]
             finished = execute(
