@@ -60,6 +60,22 @@ def test_projections_into_the_residual_stream_are_scaled_by_depth(prepare) -> No
             assert weight.std().item() == pytest.approx(0.02 / 4, rel=0.03)
 
 
+@pytest.mark.parametrize("prepare", [initialize_, lambda model, seed: None], ids=["keyed", "as constructed"])
+def test_token_embeddings_have_their_own_spread(prepare, tmp_path) -> None:
+    changes = {"embedding_initializer_range": 1.0, "tie_word_embeddings": False, "vocab_size": 500, "pad_token_id": 3}
+    model = ModularDecoderForCausalLM(ModularDecoderConfig(**{**SMALL, **changes}))
+    prepare(model, 0)
+    embedding = model.get_input_embeddings().weight
+    assert embedding.std().item() == pytest.approx(1.0, rel=0.03)
+    assert not embedding[3].any()
+    assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    with torch.no_grad():
+        embedding[3] = 5.0
+    model.save_pretrained(tmp_path)
+    loaded = ModularDecoderForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.get_input_embeddings().weight, embedding)
+
+
 def test_the_global_random_state_is_left_alone() -> None:
     model = build(0)
     torch.manual_seed(11)

@@ -76,6 +76,8 @@ class ModularDecoderConfig(PreTrainedConfig):
     attention_bias: bool = False
     initializer_range: float = 0.02
     """Standard deviation of the initial weights"""
+    embedding_initializer_range: float | None = None
+    """Standard deviation of the initial token embeddings (1.0 suits small untied models); None is `initializer_range`"""
     tie_word_embeddings: bool = True
     use_cache: bool = True
     pad_token_id: int | None = None

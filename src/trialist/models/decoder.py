@@ -102,6 +102,11 @@ class ModularDecoderPreTrainedModel(PreTrainedModel):
             # more so the more heads there are, and a wide attention learns late for no reason of its own
             scale = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=scale)
+        spread = self.config.embedding_initializer_range
+        if spread is not None and isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=spread)
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[module.padding_idx])
 
 
 class ModularDecoderModel(ModularDecoderPreTrainedModel):

@@ -6,7 +6,7 @@ heads of the baseline it has at the same head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,35 @@ BUILT_IN = "decoder"
 DTYPES = ("float32", "bfloat16")
 PRELOAD = ("torch", "transformers", "trialist.models", "trialist.training", "trialist.objectives")
 VERSIONS = ("torch", "transformers")
+LEARNING_RATES_GIVEN_MODEL = (1e-5, 5e-5, 2e-4)
+
+
+def attention_arms(
+    model: str, settings: tuple[str, str], *, learning_rate: float, learning_rates: tuple[float, ...]
+) -> Iterator[Arm]:
+    """Standard attention, also with twice the heads, against selective attention, in a setting and in a null setting.
+
+    learning_rate, learning_rates: default and tries for the built-in decoder; a given model is trained more gently. A given
+    model cannot get more heads, and the null setting, which decides nothing between the controls, does without that arm.
+    """
+    scratch = model == BUILT_IN
+    if not scratch:
+        learning_rate, learning_rates = LEARNING_RATES_GIVEN_MODEL[1], LEARNING_RATES_GIVEN_MODEL
+    for setting, null in zip(settings, (False, True), strict=True):
+        tune = None if null else {"learning_rate": learning_rates}
+        standard = {"learning_rate": learning_rate, "attention": "standard", "heads": 1}
+        yield Arm("standard", "control", setting, null, options=standard, tune=tune, about="standard attention")
+        if scratch and not null:
+            yield Arm("double-heads", "control", setting, null, options={**standard, "heads": 2}, tune=tune,
+                      about="standard attention, twice the heads, attention parameters doubled")  # fmt: skip
+        yield Arm("selective", "treatment", setting, null, options={**standard, "attention": "selective"}, tune=tune,
+                  about="selective attention, no parameter more than `standard`")  # fmt: skip
+
+
+def arm_remarks(model: str) -> tuple[str, ...]:
+    if model == BUILT_IN:
+        return ()
+    return ("the control with twice the heads is left out: heads cannot be added to a given model",)
 
 
 def check_inputs(model: str, dtype: str, lora: int, **positive: int) -> None:
@@ -90,8 +119,10 @@ def arm_model(
             head_dim=width // heads,
             layer_types=["selective_attention" if selective else "full_attention"] * layers,
             max_position_embeddings=length,
-            initializer_range=width
-            ** -0.5,  # at these widths the usual 0.02 is so small that circuits form late, if at all
+            # small models learn late, or not at all, from the usual 0.02 everywhere, and standard attention suffers most
+            initializer_range=width**-0.5,
+            embedding_initializer_range=1.0,
+            tie_word_embeddings=False,
         )
         built = ModularDecoderForCausalLM(config)
         initialize_(built, context.stream("init"))

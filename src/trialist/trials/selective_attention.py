@@ -15,6 +15,8 @@ from trialist.trials._language_model import (
     PRELOAD,
     VERSIONS,
     arm_model,
+    arm_remarks,
+    attention_arms,
     check_inputs,
     check_length,
     model_inputs,
@@ -22,8 +24,7 @@ from trialist.trials._language_model import (
 )
 from trialist.trials._text import Text, bits_per_byte, load_rows
 
-LEARNING_RATES = {"learning_rate": (1e-3, 2e-3, 4e-3)}
-LEARNING_RATES_GIVEN_MODEL = {"learning_rate": (1e-5, 5e-5, 2e-4)}
+LEARNING_RATES = (2e-3, 4e-3, 8e-3)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class SelectiveAttentionTrial(Trial):
     """Sequences in a step"""
     steps: int = 200
     """Training steps"""
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Peak learning rate where nothing was tuned"""
     test_bytes: int = 65_536
     """Bytes of test text (and of validation text for tuning)"""
@@ -115,10 +116,7 @@ class SelectiveAttentionTrial(Trial):
         return {**model_inputs(self.model, self.device), "data": self.text.digest()}
 
     def remarks(self) -> tuple[str, ...]:
-        given = (
-            "the control with twice the heads is left out: heads cannot be added to a given model",
-        ) if self.model != BUILT_IN else ()  # fmt: skip
-        return (*self.text.remarks(), *given)
+        return (*self.text.remarks(), *arm_remarks(self.model))
 
     @property
     def text(self) -> Text:
@@ -134,18 +132,9 @@ class SelectiveAttentionTrial(Trial):
         )
 
     def arms(self) -> Iterator[Arm]:
-        scratch = self.model == BUILT_IN
-        tune = LEARNING_RATES if scratch else LEARNING_RATES_GIVEN_MODEL
-        shared = {"learning_rate": self.learning_rate if scratch else 5e-5}
-        for setting, null in (("text", False), ("shuffled", True)):
-            knobs = None if null else tune
-            standard = {**shared, "attention": "standard", "heads": 1}
-            yield Arm("standard", "control", setting, null, options=standard, tune=knobs, about="standard attention")
-            if scratch and not null:
-                yield Arm("double-heads", "control", setting, null, options={**standard, "heads": 2}, tune=knobs,
-                          about="standard attention, twice the heads, attention parameters doubled")  # fmt: skip
-            yield Arm("selective", "treatment", setting, null, options={**standard, "attention": "selective"}, tune=knobs,
-                      about="selective attention, no parameter more than `standard`")  # fmt: skip
+        return attention_arms(
+            self.model, ("text", "shuffled"), learning_rate=self.learning_rate, learning_rates=LEARNING_RATES
+        )
 
     def run(self, arm: Arm, seed: int, context: Context) -> Outcome:
         from trialist.data.order import PackedBatches

@@ -18,14 +18,15 @@ from trialist.trials._language_model import (
     PRELOAD,
     VERSIONS,
     arm_model,
+    arm_remarks,
+    attention_arms,
     check_inputs,
     check_length,
     model_inputs,
     train,
 )
 
-LEARNING_RATES = {"learning_rate": (5e-4, 1e-3, 2e-3)}
-LEARNING_RATES_GIVEN_MODEL = {"learning_rate": (1e-5, 5e-5, 2e-4)}
+LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 VALIDATION, EVALUATION = 30_001, 30_002
 """Seeds of the generated items that tune and that decide; the same items for every seed and arm"""
 
@@ -109,23 +110,12 @@ class SelectiveRecallTrial(Trial):
         return model_inputs(self.model, self.device)
 
     def remarks(self) -> tuple[str, ...]:
-        if self.model == BUILT_IN:
-            return ()
-        return ("the control with twice the heads is left out: heads cannot be added to a given model",)
+        return arm_remarks(self.model)
 
     def arms(self) -> Iterator[Arm]:
-        scratch = self.model == BUILT_IN
-        tune = LEARNING_RATES if scratch else LEARNING_RATES_GIVEN_MODEL
-        shared = {"learning_rate": self.learning_rate if scratch else 5e-5}
-        for setting, null in (("assignment", False), ("copying", True)):
-            standard = {**shared, "attention": "standard", "heads": 1}
-            knobs = None if null else tune
-            yield Arm("standard", "control", setting, null, options=standard, tune=knobs, about="standard attention")
-            if scratch and not null:
-                yield Arm("double-heads", "control", setting, null, options={**standard, "heads": 2}, tune=knobs,
-                          about="standard attention, twice the heads, attention parameters doubled")  # fmt: skip
-            yield Arm("selective", "treatment", setting, null, options={**standard, "attention": "selective"}, tune=knobs,
-                      about="selective attention, no parameter more than `standard`")  # fmt: skip
+        return attention_arms(
+            self.model, ("assignment", "copying"), learning_rate=self.learning_rate, learning_rates=LEARNING_RATES
+        )
 
     def run(self, arm: Arm, seed: int, context: Context) -> Outcome:
         from trialist.data.recall import VOCABULARY, RecallBatches
