@@ -212,7 +212,7 @@ class _SelectiveAttention(torch.autograd.Function):
         (B, H, T, D), (G, S) = query.shape, key.shape[1:3]
         lowest = torch.finfo(penalty.dtype).min
         grouped = query.reshape(B, G, H // G * T, D)  # heads of a group share keys: no repeated copy of them
-        logits = (grouped @ key.transpose(-1, -2)).view(B, H, T, S).to(penalty.dtype).mul_(scaling)
+        logits = (grouped.mul(scaling) @ key.transpose(-1, -2)).view(B, H, T, S).to(penalty.dtype)
         allowed = _allowed(mask, T, S, query.device)  # (B | 1, H | 1, T, S)
         per_head = allowed.shape[1] > 1
         additive = mask.to(logits.dtype) if mask is not None and mask.dtype != torch.bool else None
@@ -273,7 +273,7 @@ class _SelectiveAttention(torch.autograd.Function):
         d_logits.sub_(delta).mul_(weights)
         later = _before(d_logits.sum(1).neg_(), reverse=True)  # dS from dF, (B, T, S)
         d_logits[:, ctx.selector_head].add_(later.mul_(gate))
-        d_logits = d_logits.mul_(ctx.scaling).to(query.dtype).view(*group, S)
-        d_query = (d_logits @ key).view(B, H, T, D)
-        d_key = d_logits.transpose(-1, -2) @ query.reshape(*group, D)
+        d_logits = d_logits.to(query.dtype).view(*group, S)
+        d_query = (d_logits @ key).view(B, H, T, D).mul_(ctx.scaling)
+        d_key = d_logits.transpose(-1, -2) @ query.reshape(*group, D).mul(ctx.scaling)
         return d_query, d_key, d_value, None, None, None, None, None, None
