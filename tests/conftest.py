@@ -36,10 +36,11 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def plugin_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like the installed test package: its module and its entry points."""
+    """A folder that looks like the installed test package: its modules and its entry points."""
     folder = tmp_path_factory.mktemp("site")
     project = tomllib.loads((PLUGIN / "pyproject.toml").read_text())["project"]
-    (folder / "trialist_coins.py").write_text((PLUGIN / "trialist_coins.py").read_text())
+    for module in PLUGIN.glob("*.py"):
+        (folder / module.name).write_text(module.read_text())
     info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")

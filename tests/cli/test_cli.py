@@ -103,6 +103,14 @@ def test_tuning_gives_every_arm_the_same_tries_and_chooses_on_its_own_metric(her
     assert {row["setting"] for row in tries} == {"table"}
 
 
+def test_a_failed_tuning_run_stops_the_trial_before_values_are_chosen(here, capsys):
+    code, out, err = call(capsys, "run", "coins", *FAST, "--tuned", "--crash", "weighted")
+    assert code == 1
+    assert "4 of 12 tuning runs failed, so the values cannot be chosen fairly" in " ".join(err.split())
+    assert "VOID" not in out
+    assert {row["purpose"] for row in json.loads(call(capsys, "runs", "--json")[1])} == {"tuning"}
+
+
 def test_runs_as_json_hold_what_a_script_needs(after_a_run, capsys):
     rows = json.loads(call(capsys, "runs", "--json")[1])
     assert len(rows) == 24
@@ -141,6 +149,19 @@ def test_export_of_a_trial_without_a_model_says_so(after_a_run, capsys):
     code, _, err = call(capsys, "export", run, "--to", "model", "--yes")
     assert code == 2
     assert "trains no model" in err
+
+
+def test_cleaning_leaves_folders_that_are_not_of_this_ledger(after_a_run, capsys):
+    home = after_a_run / ".trialist"
+    run = json.loads(call(capsys, "runs", "--json")[1])[0]["id"]
+    for name in (run, "of another program"):
+        (home / "runs" / name).mkdir(parents=True)
+        (home / "runs" / name / "events").write_text("x")
+    assert call(capsys, "runs", "--clean")[0] == 0
+    assert [folder.name for folder in (home / "runs").iterdir()] == ["of another program"]
+    code, _, err = call(capsys, "runs", "--clean", "--ledger", str(home / "none.db"))
+    assert code == 2
+    assert "no ledger" in err
 
 
 @pytest.mark.parametrize("form", ["html", "md", "json"])
@@ -203,6 +224,13 @@ def test_help_of_a_trial_shows_its_options_with_their_defaults(here, capsys):
         (("run", "coins", "--preset", "big"), "no preset 'big'"),
         (("run", "coins", "--endpoint", "x"), "--margin"),
         (("run", "coins", "--save-evidence", "--throws", "3"), "NAME"),
+        (("run", "coins", "--seeds", "99999999999"), "at most 10000"),
+        (("run", "coins", "--arms", "fair", "old"), "without a treatment"),
+        (("run", "coins", "--bias", "nan"), "--bias must be a finite number"),
+        (("run", "coins", "--save-evidence", "../../x"), "not a path"),
+        (("run", "coins", "--data", "\udcff.txt"), "is not valid UTF-8"),
+        (("run", "coins", "--ledger", "."), "is a folder"),
+        (("runs", "--limit", "-1"), "at least 0"),
         (("report",), "run a trial first"),
         (("assets", "fetch", "smollm2-135m"), "Did you mean 'smollm2-135m-instruct'"),
         (("assets", "fetch"), "which asset?"),

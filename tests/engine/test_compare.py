@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from trialist.engine.compare import compare_files, render_comparison
+from trialist.engine.compare import compare_files
+from trialist.engine.pairs import render_comparison
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -48,6 +48,29 @@ def test_off_a_terminal_every_end_is_one_clean_line():
     assert len(lines) == 2
 
 
+def test_off_a_terminal_a_long_silence_is_said_whenever_it_has_doubled():
+    stream = io.StringIO()
+    display = Display(Console(file=stream, force_terminal=False, width=80))
+    display.add([planned("a")], {"a": "a"}, {"a": "queued"}, 1, "trial")
+    display(Event("started", "a"))
+    for minute in range(61):
+        display(Event("alive", "a", seconds=60.0 * minute, silent=60.0 * minute))
+    lines = stream.getvalue().splitlines()[1:]
+    assert lines == [f"main · fair · seed 0: silent for {minutes} min" for minutes in (10, 20, 40)]
+
+
+def test_on_a_terminal_the_time_goes_on_while_a_run_is_silent():
+    stream = io.StringIO()
+    display = Display(Console(file=stream, force_terminal=True, width=120, height=30))
+    with display:
+        display.add([planned("a")], {"a": "a"}, {"a": "queued"}, 1, "trial")
+        display(Event("started", "a"))
+        display._drawn = 0.0
+        display(Event("alive", "a", seconds=400.0, silent=390.0))
+    assert "silent for 6 min" in stream.getvalue()
+    assert "7 min" in stream.getvalue()
+
+
 def test_on_a_terminal_the_table_shows_a_row_a_run():
     stream = io.StringIO()
     display = Display(Console(file=stream, force_terminal=True, width=120, height=30))

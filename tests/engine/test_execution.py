@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -130,42 +128,6 @@ def test_an_interrupt_puts_running_runs_back_into_the_queue(coins):
         execute(ledger, tasks, backend, interrupt)
     backend.close()
     assert {row["status"] for row in ledger.rows()} == {"queued"}
-
-
-@pytest.mark.parametrize("after", [0.4, 0.9, 1.5])
-def test_kill_9_of_the_main_process_leaves_a_ledger_that_ends_like_an_uninterrupted_one(coins, tmp_path, after):
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from test_execution import start, work_through\n"
-        "work_through(*start(seconds=0.25))\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], start_new_session=True)
-    time.sleep(after + 0.8)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and _alive_in_session(process.pid):
-        time.sleep(0.05)
-    assert not _alive_in_session(process.pid), "workers outlived their parent"
-    ledger, tasks = start(seconds=0.25)
-    work_through(ledger, tasks)
-    interrupted = outcomes(ledger)
-    assert len(ledger.rows()) == 18
-    ledger.path.rename(tmp_path / "first.db")
-    ledger, tasks = start(seconds=0.25)
-    work_through(ledger, tasks)
-    assert outcomes(ledger) == interrupted
-
-
-def _alive_in_session(session: int) -> list[int]:
-    alive = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                alive.append(process.pid)
-        except (ProcessLookupError, psutil.NoSuchProcess, PermissionError):
-            continue
-    return alive
 
 
 def test_two_main_processes_share_the_work_and_no_run_is_done_twice(coins):

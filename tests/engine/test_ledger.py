@@ -3,13 +3,16 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+import threading
 import time
 
+import psutil
 import pytest
 import sqlalchemy as sa
 
 from trialist.engine import ledger as module
 from trialist.engine.contract import Cost, Items, Outcome
+from trialist.engine.database import LedgerUnavailable
 from trialist.engine.ledger import Ledger, LedgerError, refuse_network_file_system
 from trialist.engine.records import Configuration, PlannedRun
 
@@ -59,14 +62,91 @@ def test_a_run_whose_owner_died_is_taken_over_at_once(ledger):
     assert Ledger(ledger.path).claim("s1-0")
 
 
-@pytest.mark.parametrize(("jump", "taken"), [(0.0, False), (module.LEASE_SECONDS + 1, True)], ids=["held", "expired"])
-def test_a_run_held_on_another_machine_is_taken_over_when_its_lease_ends(ledger, monkeypatch, jump, taken):
+def held_elsewhere(ledger) -> Ledger:
+    """A ledger of a process of another machine that has claimed the run `s1-0`."""
     ledger.enqueue([planned(0)])
-    ledger.owner = "elsewhere:1:0.00:abc"
+    other = Ledger(ledger.path)
+    other.owner = "elsewhere/0000:1:77:abc"
+    assert other.claim("s1-0")
+    return other
+
+
+def stopwatch_by(monkeypatch, seconds: float) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + seconds)
+
+
+def test_a_run_held_on_another_machine_is_taken_over_when_its_lease_is_not_renewed(ledger, monkeypatch):
+    held_elsewhere(ledger)
+    assert not ledger.claim("s1-0")
+    stopwatch_by(monkeypatch, module.LEASE_SECONDS - 1)
+    assert not ledger.claim("s1-0")
+    stopwatch_by(monkeypatch, 2)
     assert ledger.claim("s1-0")
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + jump)
-    assert Ledger(ledger.path).claim("s1-0") is taken
+
+
+def test_a_renewed_lease_is_respected_however_long_it_lasts(ledger, monkeypatch):
+    other = held_elsewhere(ledger)
+    for _ in range(5):
+        assert not ledger.claim("s1-0")
+        stopwatch_by(monkeypatch, module.LEASE_SECONDS - 1)
+        other.renew()
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_a_clock_that_jumps_takes_no_run_from_its_owner(ledger, monkeypatch, hours):
+    other = held_elsewhere(ledger)
+    ledger.enqueue([planned(1)])
+    assert ledger.claim("s1-1")
+    now, boot = time.time(), psutil.boot_time()
+    monkeypatch.setattr(time, "time", lambda: now + hours * 3600)
+    monkeypatch.setattr(psutil, "boot_time", lambda: boot + hours * 3600)  # the kernel derives it from the clock
+    assert not Ledger(ledger.path).claim("s1-0")
+    assert not Ledger(ledger.path).claim("s1-1")
+    other.renew()
+    assert other.finish("s1-0", Outcome(), {})
+    assert ledger.finish("s1-1", Outcome(), {})
+
+
+def test_who_lost_a_run_to_another_process_stores_nothing(ledger):
+    other = held_elsewhere(ledger)
+    other.release(["s1-0"])
+    assert ledger.claim("s1-0")
+    assert not other.finish("s1-0", Outcome(metrics={"heads": 0.0}), {})
+    assert not other.fail("s1-0", "too late", None, {})
+    assert ledger.finish("s1-0", Outcome(metrics={"heads": 1.0}), {})
+    assert ledger.records(["s1-0"])[0].outcome.metrics == {"heads": 1.0}
+    assert ledger.rows()[0]["error"] is None
+
+
+def test_claims_of_a_ledger_that_was_closed_are_free_in_the_same_process(ledger):
+    ledger.enqueue([planned(0)])
+    first, second = Ledger(ledger.path), Ledger(ledger.path)
+    assert first.claim("s1-0")
+    assert not second.claim("s1-0")
+    first.close()
+    assert second.claim("s1-0")
+
+
+def test_a_held_ledger_is_waited_for_with_a_message_and_then_refused_in_words(ledger, monkeypatch):
+    monkeypatch.setattr("trialist.engine.database.QUIET_SECONDS", 0.1)
+    said: list[str] = []
+    other = Ledger(ledger.path, say=said.append, patience=0.7)
+    with sqlite3.connect(ledger.path, isolation_level=None) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(LedgerUnavailable, match=r"database is locked\. Another program holds it"):
+            other.enqueue([planned(0)])
+        holder.execute("ROLLBACK")
+    assert len(said) == 1
+    assert "waiting for the ledger" in said[0]
+    assert other.enqueue([planned(0)])
+
+
+def test_a_ledger_that_comes_free_is_used(ledger):
+    holder = sqlite3.connect(ledger.path, isolation_level=None, check_same_thread=False)
+    holder.execute("BEGIN EXCLUSIVE")
+    threading.Timer(0.5, lambda: holder.execute("ROLLBACK")).start()
+    assert Ledger(ledger.path, patience=5).enqueue([planned(0)])
 
 
 def test_changed_source_makes_a_new_row_and_keeps_the_old_as_stale(ledger):
@@ -109,8 +189,8 @@ def test_a_full_disk_is_said_in_words(ledger, monkeypatch):
     def full(*_):
         raise sa.exc.OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full"))
 
-    monkeypatch.setattr(ledger._engine, "begin", full)
-    with pytest.raises(LedgerError, match="Free disk space"):
+    monkeypatch.setattr(ledger._database.engine, "begin", full)
+    with pytest.raises(LedgerUnavailable, match="Free disk space"):
         ledger.enqueue([planned(0)])
 
 

@@ -63,3 +63,43 @@ def test_streams_depend_on_seed_and_name_only(tmp_path):
     assert context(1).stream("init") == context(1).stream("init")
     assert len({context(seed).stream(name) for seed in (1, 2) for name in ("init", "data_order")}) == 4
     assert 0 <= context(1).stream("init") < 2**63
+
+
+def test_cleaning_removes_what_a_killed_build_left_and_nothing_that_is_not_ours(tmp_path):
+    folder = ask(tmp_path)
+    left = tmp_path / f".{folder.name}.building"
+    for other in (left, tmp_path / "theirs", tmp_path / ".git"):
+        other.mkdir()
+        (other / "file").write_text("content")
+    clean_stages(tmp_path)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"theirs", ".git"}
+
+
+def test_a_stage_whose_record_is_damaged_is_built_again(tmp_path):
+    folder = ask(tmp_path)
+    (folder / "stage.json").write_text("{")
+    assert list_stages(tmp_path) == []
+    assert ask(tmp_path) == folder
+    assert len(list_stages(tmp_path)) == 1
+
+
+def test_a_build_that_fails_gives_its_space_back(tmp_path):
+    def fill(folder: Path) -> None:
+        (folder / "large.bin").write_bytes(bytes(1000))
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        ask(tmp_path, build=fill)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix != ".lock"]
+
+
+def test_who_waits_for_a_stage_gives_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr("trialist.engine.stages.SECONDS_BETWEEN_SIGNS", 0.05)
+    builder = multiprocessing.get_context("fork").Process(target=ask, args=(tmp_path,))
+    builder.start()
+    while not list(tmp_path.glob(".*.building")):
+        time.sleep(0.005)
+    signs: list[float] = []
+    stage(tmp_path, "base", (1,), build_slowly, source="s", versions={}, waiting=lambda: signs.append(time.monotonic()))
+    builder.join()
+    assert len(signs) >= 2

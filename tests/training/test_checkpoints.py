@@ -365,7 +365,7 @@ def test_a_read_only_folder_is_refused_before_training(llama, tmp_path, monkeypa
 def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
     path = save_checkpoint(tmp_path, 1, {}, {})
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    with pytest.raises(ValueError, match="has format 99, this trialist reads up to 1; update trialist"):
+    with pytest.raises(ValueError, match="has format 99, this trialist reads up to 2; update trialist"):
         load_checkpoint(tmp_path, {})
 
 

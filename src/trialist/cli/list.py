@@ -52,4 +52,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def measured(folder: Path) -> dict[str, str]:
-    return {file.stem: json.loads(file.read_text())["verdict"] for file in sorted(folder.glob("*.json"))}
+    """Preset -> verdict of the evidence files in a folder. Raises ValueError for one that is damaged."""
+    words = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            words[file.stem] = str(json.loads(file.read_text())["verdict"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is no evidence file ({type(error).__name__}: {error}); write it again") from error
+    return words

@@ -1,10 +1,11 @@
 """The command `trialist`: one file per verb. A verb parses, calls and prints; the work is done in the other rooms.
 
-Exit codes: 0 done, 1 failed runs, 2 bad usage, 130 interrupted.
+Exit codes: 0 done, 1 failed runs, or no space, memory or free ledger to go on with, 2 bad usage, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -14,14 +15,18 @@ VERBS = {
     "show": "one trial: claim, reported numbers, arms, budget, presets, how to use the part alone",
     "plan": "what a trial would take on this machine: runs, minutes, memory, detectable effect",
     "run": "run a trial to its verdict",
+    "train": "train your own model by a recipe: supervised fine-tuning",
     "runs": "the runs in the ledger, with errors; stages",
     "report": "verdicts, intervals, curves and costs as HTML, Markdown or JSON",
     "evidence": "render EVIDENCE.md and its picture from evidence/",
     "verify": "run a stored run again and compare",
-    "compare": "a paired verdict on two result files that you already have",
+    "eval": "score a model on benchmarks: bits per byte, BLiMP, HellaSwag, GSM8K, ...",
+    "compare": "a paired verdict on two evaluations, or on two result files that you already have",
     "export": "copy the model of a run to a folder",
     "assets": "real models and data that come from package registries",
 }
+
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     verb, rest = arguments[0], arguments[1:]
     try:
+        for argument in arguments:
+            if any("\ud800" <= character <= "\udfff" for character in argument):
+                raise ValueError(f"the argument {argument!a} is not valid UTF-8; rename what it names")
         if verb not in VERBS:
             from trialist.engine.registry import unknown
 
@@ -49,14 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, OSError, ImportError) as error:
         complain(str(error))
-        return 2
+        return 1 if getattr(error, "errno", None) in OUT_OF_SPACE else 2
+    except MemoryError as error:
+        complain(f"out of memory: {str(error) or 'a smaller input may fit'}")
+        return 1
     except RuntimeError as error:
-        if (
-            type(error).__name__ != "LedgerError"
-        ):  # compared by name: sqlalchemy stays unloaded for verbs without a ledger
+        code = getattr(
+            error, "exit_code", None
+        )  # a LedgerError, whose module needs sqlalchemy, which stays unloaded here
+        if code is None:
             raise
         complain(str(error))
-        return 2
+        return code
 
 
 def complain(message: str) -> None:

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     confirm = (lambda question: ask(progress, question)) if sys.stdin.isatty() and progress.is_terminal else None
     result = conduct(prepared, display=Display(progress), confirm=confirm)
     if result.verdict is None or result.summary is None:
-        return 0
+        return 1 if result.failed else 0
     out = console()
     print_verdict(out, name, prepared.preset, result.summary)
     out.print(f"\nreport    {result.report}", markup=False)

@@ -34,6 +34,8 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(Options, "runs", arguments)
+    if options.limit < 0:
+        raise ValueError(f"--limit must be at least 0 (0 prints all), not {options.limit}")
     path = ledger_path(options.ledger)
     if options.clean:
         from trialist.engine.stages import clean_folders

@@ -27,6 +27,8 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(Options, "verify", arguments)
+    if not options.tolerance >= 0:
+        raise ValueError(f"--tolerance must be at least 0, not {options.tolerance}")
     from rich.console import Console
 
     from trialist.engine.repeat import verify

@@ -26,6 +26,7 @@ from trialist.data.files import (
     named_splits,
     read_parquet,
     read_text,
+    rows_to_dataset,
     suffix_of,
 )
 
@@ -102,7 +103,7 @@ def load_rows(
     columns: our column -> the data's column, `{"prompt": "question"}`; other columns keep their names.
     Raises ValueError with the columns expected and found, or with the number of the row whose value is missing.
     """
-    from datasets import Dataset, concatenate_datasets
+    from datasets import concatenate_datasets
 
     _check_max_examples(max_examples)
     kind = _kind(data)
@@ -125,7 +126,7 @@ def load_rows(
             else:
                 placed = json_rows(file)
                 if placed:
-                    parts.append(Dataset.from_list(rename_rows(placed, file, columns, required)))
+                    parts.append(rows_to_dataset(rename_rows(placed, file, columns, required), file))
         if not parts:
             raise ValueError(f"{data} holds no rows")
         rows = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
@@ -247,7 +248,19 @@ def _local_documents(data: str, files: list[Path], columns: Mapping[str, str] | 
             for (place, _), row in zip(placed, renamed):
                 if not isinstance(row["text"], str):
                     raise ValueError(f"{file} {place}: 'text' must be a string, not {type(row['text']).__name__}")
+                if not row["text"].isascii():
+                    _check_unicode(row["text"], f"{file} {place}")
                 yield f"{name} {place}", row["text"]
+
+
+def _check_unicode(text: str, place: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{place}: 'text' holds half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is no character; "
+            "write the file again with whole characters"
+        ) from error
 
 
 def _kind(data: str) -> str:
@@ -275,7 +288,7 @@ def _kind(data: str) -> str:
 
 
 def _suggestion(data: str) -> str:
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, neighbours, n=3)
     near += [name for name in difflib.get_close_matches(data, BUILT_IN, n=1, cutoff=0.75) if name not in near]
@@ -295,7 +308,13 @@ def _load_dataset_dict(data: str) -> dict[str, Dataset]:
     import datasets
 
     if Path(data).is_dir():
-        loaded = datasets.load_from_disk(data)
+        try:
+            loaded = datasets.load_from_disk(data)
+        except Exception as error:  # whatever a damaged file makes of it
+            raise ValueError(
+                f"data {data!r} looks like a folder of Dataset.save_to_disk but cannot be loaded "
+                f"({type(error).__name__}: {error}); save it again, or remove its state.json to read its other files"
+            ) from error
     else:
         name, _, configuration = data.partition(":")
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ def suffix_of(file: Path) -> str:
 def read_text(file: Path) -> str:
     try:
         content = gzip.decompress(file.read_bytes()) if file.name.endswith(".gz") else file.read_bytes()
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file} ends in .gz but is not a whole gzip file: {error}") from error
     try:
         return content.decode("utf-8-sig")
@@ -87,6 +88,8 @@ def json_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
             rows = [(f"row {number}", row) for number, row in enumerate(json.loads(text), start=1)]
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} line {error.lineno}: not valid JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
+            raise ValueError(f"{file}: JSON that cannot be read: {error}") from error
     else:
         for number, line in enumerate(text.split("\n"), start=1):
             try:
@@ -97,6 +100,8 @@ def json_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
                     f"{file} line {number}: not valid JSON: {error.msg} at column {error.colno}; "
                     "one JSON object a line is expected"
                 ) from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{file} line {number}: JSON that cannot be read: {error}") from error
     for place, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{file} {place}: a JSON object is expected, not {type(row).__name__}")
@@ -109,9 +114,22 @@ def read_parquet(file: Path) -> Dataset:
     from datasets import Dataset
 
     try:
-        return Dataset(pyarrow.parquet.read_table(file))
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{file} is not a Parquet file: {error}") from error
+        table = pyarrow.parquet.read_table(file)
+        table.validate(full=True)  # strings that are no UTF-8 would be found only where they are used
+        return Dataset(table)
+    except (pyarrow.ArrowException, OSError, NotImplementedError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} is not a Parquet file, or a damaged one: {error}") from error
+
+
+def rows_to_dataset(rows: list[dict[str, Any]], file: Path) -> Dataset:
+    """Raises ValueError where a column holds values of several types."""
+    import pyarrow
+    from datasets import Dataset
+
+    try:
+        return Dataset.from_list(rows)
+    except (pyarrow.ArrowException, OverflowError, TypeError, UnicodeError) as error:
+        raise ValueError(f"{file}: its rows form no table: {error}; every column needs values of one type") from error
 
 
 def data_files(folder: Path) -> list[Path]:

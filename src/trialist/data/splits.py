@@ -85,8 +85,8 @@ def load_splits(
     if "validation" in brought and test_name != "validation":
         validation = load_documents(data, split="validation", **load)  # type: ignore[arg-type]
     else:
-        parts = _assign(train, _groups(train, None)[0], (0.9, 0.1))
-        train, validation = train.select(parts[0]), train.select(parts[1])
+        kept, held = hold_out(train, 0.1)
+        train, validation = train.select(kept), train.select(held)
     return Splits(train, validation, test, notes + _few(test))
 
 
@@ -113,6 +113,17 @@ def split_documents(
     group_of, notes = _groups(documents, groups)
     train, validation, test = map(documents.select, _assign(documents, group_of, fractions, groups))
     return Splits(train, validation, test, notes + _few(test))
+
+
+def hold_out(documents: Documents, share: float) -> tuple[list[int], list[int]]:
+    """Indices of the documents to train on, and of about `share` of them held out; by content, near-duplicates together.
+
+    Raises ValueError when `share` is not between 0 and 1 or when either part would be empty.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"the share to hold out must be between 0 and 1, not {share}")
+    kept, held = _assign(documents, _groups(documents, None)[0], (1 - share, share))
+    return kept, held
 
 
 def near_duplicate_groups(texts: Sequence[str]) -> np.ndarray:

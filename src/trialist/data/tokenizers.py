@@ -103,6 +103,13 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
             f"model {model!r}: no tokenizer could be loaded ({error}); pass a folder with a tokenizer, "
             f"a Hub id that is in the cache or reachable, or {BYTES!r}"
         ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # the libraries raise what a damaged file makes of them
+        raise ValueError(
+            f"model {model!r}: its tokenizer is there but could not be loaded ({type(error).__name__}: {error}); its files "
+            "may be damaged: save or download it again"
+        ) from error
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:

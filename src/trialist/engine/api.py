@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import math
+import re
 import shlex
 import sys
 import time
@@ -17,7 +19,7 @@ from trialist.engine import tuning as tune
 from trialist.engine.backends import Backend, LocalProcesses, RayTasks
 from trialist.engine.contract import Arm
 from trialist.engine.display import Display, duration
-from trialist.engine.execute import Event, execute
+from trialist.engine.execute import Event, execute, remove_leftovers
 from trialist.engine.hardware import accelerators, cores, describe_hardware, describe_versions
 from trialist.engine.ledger import Ledger
 from trialist.engine.options import RunOptions
@@ -26,6 +28,10 @@ from trialist.engine.records import PlannedRun, RunRecord, Verdict
 from trialist.engine.stages import list_stages
 
 ASK_ABOVE_MINUTES = 30.0
+TUNING_FAILED = (
+    "{failed} of {tries} tuning runs failed, so the values cannot be chosen fairly: `trialist runs --status failed --errors` "
+    "shows why, --retry runs them again"
+)
 EVIDENCE_FOLDER = Path("evidence")
 
 
@@ -34,13 +40,13 @@ class NeedsConfirmation(ValueError):
 
 
 class Unfinished(RuntimeError):
-    """The time limit stopped the trial between runs; the same command goes on."""
+    """The time limit stopped the trial between runs, or runs of its tuning failed; the same command goes on."""
 
 
 @dataclass(frozen=True)
 class Result:
     verdict: Verdict | None
-    """None when the time limit stopped the trial before its verdict"""
+    """None when the time limit stopped the trial before its verdict, or runs of its tuning failed"""
     summary: Mapping[str, Any] | None
     report: Path | None
     evidence: Path | None
@@ -56,6 +62,8 @@ def run(name: str, **settings: Any) -> Verdict:
     """
     options, fields = split_settings(settings)
     result = conduct(prepare(name, fields, options, command=_python_call(name, settings)))
+    if result.verdict is None and result.failed:
+        raise Unfinished(f"{result.failed} tuning runs failed; call trialist.run again with retry=True")
     if result.verdict is None:
         raise Unfinished(f"stopped after {options.max_minutes:g} minutes; call trialist.run again to go on")
     return result.verdict
@@ -80,7 +88,8 @@ def conduct(
     evidence_name = check_evidence_name(prepared)
     ledger = Ledger(prepared.ledger_path)
     deadline = None if options.max_minutes is None else time.monotonic() + options.max_minutes * 60
-    with display or Display() as shown:
+    with contextlib.closing(ledger), display or Display() as shown:
+        ledger.say_to(shown.say)
         ledger.register(prepared.configuration)
         for remark in prepared.trial.remarks():
             shown.say(remark)
@@ -95,6 +104,9 @@ def conduct(
                 records = runner.run(planned, "tuning")
                 if records is None:
                     return Result(None, None, None, None, 0)
+                if failed := sum(record.status == "failed" for record in records):
+                    shown.say(TUNING_FAILED.format(failed=failed, tries=len(records)))
+                    return Result(None, None, None, None, failed)
                 tuned = tune.choose(prepared, records)
                 for arm, values in tuned.values.items():
                     shown.say(f"tuned {arm}: {', '.join(f'{knob} {value:g}' for knob, value in values.items())}")
@@ -116,7 +128,6 @@ def conduct(
             if tuned.origin == "this ledger" and not prepared.changed:
                 shown.say(f"tuned values: {tune.ship(prepared, tuned)}")
     failed = sum(record.status == "failed" for record in records)
-    ledger.close()
     return Result(dataclasses.replace(verdict, data=summary), summary, report, evidence, failed)
 
 
@@ -149,9 +160,14 @@ class _Runner:
         answers = self.ledger.enqueue(planned, accept_stale=options.accept_stale, retry=options.retry)
         rows = [answers[run.id] for run in planned]
         statuses = self.ledger.statuses(rows)
+        if not options.keep_models:
+            ended = (row for row, status in statuses.items() if status in ("done", "diverged"))
+            remove_leftovers(self.prepared.home / "runs" / row for row in ended)
         unfinished = sum(status in ("queued", "running") for status in statuses.values())
         if unfinished and self.backend is None:
-            self.backend = open_backend(self.prepared, unfinished)
+            # by all runs of the trial, not by those left: the threads of a run, which its last bits depend on, must not
+            # depend on what was done before an interruption
+            self.backend = open_backend(self.prepared, len(self.prepared.arms) * len(self.prepared.seeds))
         slots = self.backend.slots if self.backend else 1
         self.display.add(planned, answers, statuses, slots, phase)
         if unfinished and self.backend is not None:
@@ -165,6 +181,7 @@ class _Runner:
                 silence_minutes=math.inf
                 if options.on
                 else self.prepared.trial.silence_minutes,  # Ray tells no progress
+                run_minutes=math.inf if options.run_timeout is None else options.run_timeout,
                 keep_folders=options.keep_models,
                 deadline=self.deadline,
             )
@@ -255,6 +272,10 @@ def check_evidence_name(prepared: Prepared) -> str | None:
     given = prepared.options.save_evidence
     if given is None:
         return None
+    if given and not re.fullmatch(r"[\w.-]{1,100}", given):
+        raise ValueError(
+            f"--save-evidence {given!r}: a name of letters, digits, `.`, `_` and `-` is expected, not a path"
+        )
     touched = [*prepared.changed, *(f for f in ("endpoint", "margin", "arms") if getattr(prepared.options, f))]
     if touched and given in ("", *presets_of(type(prepared.trial))):
         raise ValueError(

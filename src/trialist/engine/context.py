@@ -35,7 +35,9 @@ class Context:
 
     def stage(self, name: str, inputs: tuple, build: Callable[[Path], Any]) -> Path:
         """The folder of an artefact that arms share; `build(folder)` fills it if it is not there yet."""
-        folder = stages.stage(self.stages_folder, name, inputs, build, source=self.source, versions=self.versions)
+        folder = stages.stage(
+            self.stages_folder, name, inputs, build, source=self.source, versions=self.versions, waiting=self.alive
+        )
         self.used_stages.append(folder.name)
         return folder
 
@@ -45,6 +47,11 @@ class Context:
             self.send(
                 ("progress", float(done), float(total), {key: float(value) for key, value in (numbers or {}).items()})
             )
+
+    def alive(self) -> None:
+        """A sign of life without progress, while the run waits for another one (a stage that is being built)."""
+        if self.send is not None:
+            self.send(("alive",))
 
     @property
     def model_folder(self) -> Path:

@@ -261,3 +261,21 @@ class Trial(ABC):
     def replicates_over(self) -> Replicate:
         """What the verdict generalises over for these inputs."""
         return self.replicate
+
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """The metrics of the runs whose direction is known."""
+        return self.claim.endpoints
+
+    def sources(self) -> tuple[str, ...]:
+        """Further modules whose source decides what a run measures: those that an input names, as no import tells them."""
+        return ()
+
+    def with_benchmark(self, name: str) -> tuple[Trial, Endpoint]:
+        """This trial with the models of its runs measured on benchmark `name` (`lm-eval:hellaswag`), and that endpoint.
+
+        Trials whose runs have a model to hand over override this.
+        """
+        known = ", ".join(endpoint.name for endpoint in self.claim.endpoints)
+        raise ValueError(
+            f"--endpoint {name}: the runs of this trial hand over no model that a benchmark could measure; it takes {known}"
+        )

@@ -17,6 +17,10 @@ from trialist.engine.execute import Event
 from trialist.engine.records import PlannedRun
 
 PACE_SECONDS = 5.0
+FIRST_SILENCE = 600.0
+"""Seconds without a sign of life after which lines speak of it; the table does so after one minute"""
+LEAST_WIDTH = {"status": 9, "time": 6, "left": 6}
+"""Columns of the table that a narrow terminal does not cut short; what was measured gives way"""
 STYLES = {
     "done": "green",
     "running": "cyan",
@@ -36,6 +40,10 @@ class Row:
     numbers: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     message: str = ""
+    elapsed: float = 0.0
+    """Seconds since its start, also while it reports nothing"""
+    silent: float = 0.0
+    """Seconds since its last sign of life"""
     first: tuple[float, float] | None = None
     """Seconds and work done at the first report: what came before it (imports, stages) tells nothing of the pace"""
 
@@ -122,6 +130,9 @@ class Display:
             row.first = row.first or (event.seconds, event.done)
             row.done, row.total, row.seconds = event.done, event.total, event.seconds
             row.numbers.update(event.numbers)
+            row.elapsed, row.silent = event.seconds, 0.0
+        elif event.kind == "alive":
+            self._alive(row, event)
         elif event.kind == "started":
             row.status = "running"
         elif event.kind == "released":
@@ -132,9 +143,22 @@ class Display:
             row.numbers = dict(event.numbers) or row.numbers
             if self._live is None and event.kind != "elsewhere":
                 self._line(row)
-        if self._live is not None and (event.kind != "progress" or time.monotonic() - self._drawn > 0.25):
+        if self._live is not None and (
+            event.kind not in ("progress", "alive") or time.monotonic() - self._drawn > 0.25
+        ):
             self._drawn = time.monotonic()
             self._live.update(self._table(), refresh=True)
+
+    def _alive(self, row: Row, event: Event) -> None:
+        """Off a terminal a long silence is said after 10 minutes, and again whenever it has doubled."""
+        if self._live is None:
+            minutes = FIRST_SILENCE / 60
+            while minutes * 60 <= row.silent:
+                minutes *= 2
+            if event.silent >= minutes * 60:
+                run = f"{row.run.setting} · {row.run.arm} · seed {row.run.seed}"
+                self.say(f"{run}: silent for {duration(event.silent)}")
+        row.elapsed, row.silent = event.seconds, event.silent
 
     def _line(self, row: Row) -> None:
         finished = sum(entry.status not in ("queued", "running", "elsewhere") for entry in self.rows.values())
@@ -158,7 +182,12 @@ class Display:
             shown = [rows[index] for index in sorted(ranked)]
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for column in ("setting", "arm", "seed", "status", "progress", "measured", "time", "left"):
-            table.add_column(column, justify="right" if column in ("seed", "time", "left") else "left", no_wrap=True)
+            table.add_column(
+                column,
+                justify="right" if column in ("seed", "time", "left") else "left",
+                no_wrap=True,
+                min_width=LEAST_WIDTH.get(column),
+            )
         for row in shown:
             table.add_row(
                 row.run.setting,
@@ -166,8 +195,10 @@ class Display:
                 str(row.run.seed),
                 Text(row.status, style=STYLES.get(row.status, "")),
                 ProgressBar(total=1.0, completed=row.share, width=16),
-                row.message or _numbers(row.numbers),
-                duration(row.seconds),
+                row.message
+                or _numbers(row.numbers)
+                + (f"  silent for {duration(row.silent)}" if row.status == "running" and row.silent >= 60 else ""),
+                duration(row.elapsed if row.status == "running" else row.seconds),
                 duration(row.seconds_left),
             )
         finished = sum(row.status not in ("queued", "running", "elsewhere") for row in rows)

@@ -155,8 +155,8 @@ def _probe(prepared: Prepared, arms: Sequence[Arm], backend: Any, say: Callable[
                 if message[0] == "progress":
                     state["first"] = state["first"] or (now, message[1])
                     state["last"] = (now, message[1], message[2])
-                    state["peak"] = max(state["peak"], resident_bytes(backend, run_id))
-                else:
+                    state["peak"] = max(state["peak"], backend.resident_bytes(run_id))
+                elif message[0] != "alive":
                     del running[run_id]
                     error = message[1] if message[0] == "failure" else None
                     measured = message[2] if message[0] == "outcome" else {}
@@ -181,17 +181,6 @@ def _probe(prepared: Prepared, arms: Sequence[Arm], backend: Any, say: Callable[
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return found
-
-
-def resident_bytes(backend: Any, run: str) -> int:
-    """Resident size of a local run's process now; 0 where it runs elsewhere or has just ended."""
-    import psutil
-
-    pid = getattr(backend, "process_id", lambda _: None)(run)
-    try:
-        return 0 if pid is None else psutil.Process(pid).memory_info().rss
-    except psutil.NoSuchProcess:
-        return 0
 
 
 def _existing(path: Path) -> Path:

@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,10 @@ def run_identity(name: str, trial: Trial, inputs: Mapping[str, Any], arm: Arm, s
     )
 
 
-def source_digest(path: str) -> str:
+def source_digest(path: str, further: Sequence[str] = ()) -> str:
     """Hash of the source of `module:Class` and of every module of the same package that it imports, also inside functions.
+
+    further: modules of the package that are imported by a name which no import statement shows (`Trial.sources`).
 
     Comments, docstrings and formatting do not count, nor does the engine: it runs the trial, it is not part of it.
     """
@@ -90,7 +92,7 @@ def source_digest(path: str) -> str:
     origin = Path(spec.origin)
     root = origin.parent if origin.name == "__init__.py" else None
     seen: dict[str, str] = {}
-    waiting = [module]
+    waiting = [module, *further]
     while waiting:
         current = waiting.pop()
         file = origin if root is None else _module_file(root, top, current)

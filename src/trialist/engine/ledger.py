@@ -1,34 +1,36 @@
 """The database of runs, outcomes and verdicts: one SQLite file in WAL mode, written by main processes only.
 
 Two main processes on one ledger share the work: a run is claimed in one transaction, and a claim whose owner died (same
-machine) or whose lease ran out (another machine) may be taken over.
+machine) or whose lease was not renewed for a while (another machine) may be taken over. No decision rests on the clock of
+the day, which may jump: on one machine the owner's life decides, elsewhere the watcher's own stopwatch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import socket
 import time
 import uuid
+import weakref
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import sqlalchemy as sa
 
+from trialist.engine import processes
 from trialist.engine.contract import Outcome
+from trialist.engine.database import Database, LedgerError, refuse_network_file_system, to_stderr
 from trialist.engine.records import Configuration, PlannedRun, RunRecord, outcome_from_json, outcome_to_json
 
 SCHEMA = 1
 LEASE_SECONDS = 60.0
-NETWORK_FILE_SYSTEMS = {
-    "nfs", "nfs4", "cifs", "smbfs", "smb3", "afs", "ceph", "lustre", "gpfs", "glusterfs", "beegfs",
-    "fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.gcsfuse", "fuse.rclone",
-}  # fmt: skip
+"""A claim of another machine that is not renewed for this long is taken over"""
+OPENING_SECONDS = 60.0
+"""How long to wait for a ledger that another program holds, when it is opened"""
+WORKING_SECONDS = 600.0
+"""The same once runs may be going: a night's work is worth more patience"""
 
 _metadata = sa.MetaData()
 _meta = sa.Table("meta", _metadata, sa.Column("key", sa.String, primary_key=True), sa.Column("value", sa.String))
@@ -84,17 +86,30 @@ _summaries = sa.Table(
 )
 
 
-class LedgerError(RuntimeError):
-    """The ledger cannot be used; the message says why and what to do."""
+_open: weakref.WeakSet[Ledger] = weakref.WeakSet()
 
 
 class Ledger:
-    """Opens (and creates) a ledger file. Raises LedgerError where it cannot be used."""
+    """Opens (and creates) a ledger file. Raises LedgerError where it cannot be used.
 
-    def __init__(self, path: str | Path, *, create: bool = True) -> None:
+    say: hears that the ledger waits for another program. patience: how long, in seconds.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        create: bool = True,
+        say: Callable[[str], None] = to_stderr,
+        patience: float | None = None,
+    ) -> None:
         self.path = Path(path).absolute()
         if not create and not self.path.exists():
             raise LedgerError(f"no ledger at {self.path}: run a trial first, or point --ledger to one")
+        if self.path.is_dir():
+            raise LedgerError(f"--ledger {path} is a folder; name a file, such as {self.path / 'ledger.db'}")
+        if self.path.exists() and not self.path.is_file():
+            raise LedgerError(f"--ledger {path} is no regular file; choose another place")
         refuse_network_file_system(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,15 +117,17 @@ class Ledger:
             raise LedgerError(
                 f"cannot create {self.path.parent}: {error.strerror}; choose a writable place with --ledger or TRIALIST_HOME"
             ) from error
-        self.owner = f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}:{uuid.uuid4().hex[:8]}"
-        self._engine = sa.create_engine(f"sqlite:///{self.path}", connect_args={"timeout": 60})
-        sa.event.listen(self._engine, "connect", _configure)
-        sa.event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-        with self._errors():
-            self._prepare()
+        pid = os.getpid()
+        self.owner = f"{processes.machine()}:{pid}:{processes.started(pid)}:{uuid.uuid4().hex[:8]}"
+        self._elsewhere: dict[str, tuple[str, float | None, float]] = {}
+        self._database = Database(self.path, OPENING_SECONDS if patience is None else patience, say)
+        self._transaction = self._database.transaction
+        self._prepare()
+        self._database.patience = WORKING_SECONDS if patience is None else patience
+        _open.add(self)
 
     def _prepare(self) -> None:
-        with self._engine.begin() as connection:
+        with self._transaction() as connection:
             _metadata.create_all(connection)
             found = connection.execute(sa.select(_meta.c.value).where(_meta.c.key == "schema")).scalar()
             if found is None:
@@ -121,22 +138,14 @@ class Ledger:
                     "update trialist, or choose another --ledger"
                 )
 
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sa.exc.DBAPIError as error:
-            raise LedgerError(
-                f"the ledger {self.path} cannot be used: {error.orig}. {_way_out(str(error.orig))}"
-            ) from error
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sa.Connection]:
-        with self._errors(), self._engine.begin() as connection:
-            yield connection
+    def say_to(self, say: Callable[[str], None]) -> None:
+        """Who hears from now on that the ledger waits for another program."""
+        self._database.say = say
 
     def close(self) -> None:
-        self._engine.dispose()
+        """Claims of this object that were not released are free for others from now on."""
+        _open.discard(self)
+        self._database.close()
 
     # -- configurations and summaries
 
@@ -232,23 +241,40 @@ class Ledger:
             row = connection.execute(
                 sa.select(_runs.c.status, _runs.c.owner, _runs.c.lease_until).where(_runs.c.id == run)
             ).one()
-            if row.status != "queued" and not (row.status == "running" and _abandoned(row.owner, row.lease_until)):
+            if row.status != "queued" and not (
+                row.status == "running" and self._abandoned(run, row.owner, row.lease_until)
+            ):
                 return False
-            now = time.time()
             connection.execute(
                 _runs.update()
                 .where(_runs.c.id == run)
-                .values(status="running", owner=self.owner, lease_until=now + LEASE_SECONDS, started=now)
+                .values(status="running", owner=self.owner, lease_until=_renewed(), started=time.time())
             )
         return True
 
+    def _abandoned(self, run: str, owner: str | None, lease: float | None) -> bool:
+        """Whether the process that claimed a run is gone. On this machine its life decides, elsewhere its renewals."""
+        if owner is None:
+            return True
+        machine, pid, started, _ = owner.rsplit(":", 3)
+        if machine == processes.machine():
+            if int(pid) == os.getpid():
+                return not any(ledger.owner == owner for ledger in _open)
+            return processes.started(int(pid)) != started
+        now = time.monotonic()
+        seen = self._elsewhere.get(run)
+        if seen is None or seen[:2] != (owner, lease):
+            self._elsewhere[run] = (owner, lease, now)
+            return False
+        return now - seen[2] > LEASE_SECONDS
+
     def renew(self) -> None:
-        """Prolongs the leases of this process."""
+        """Shows other machines that this process lives."""
         with self._transaction() as connection:
             connection.execute(
                 _runs.update()
                 .where(_runs.c.owner == self.owner, _runs.c.status == "running")
-                .values(lease_until=time.time() + LEASE_SECONDS)
+                .values(lease_until=_renewed())
             )
 
     def release(self, runs: Iterable[str]) -> None:
@@ -260,25 +286,30 @@ class Ledger:
                 .values(status="queued", owner=None, lease_until=None)
             )
 
-    def finish(self, run: str, outcome: Outcome, measured: Mapping[str, float], stages: Sequence[str] = ()) -> None:
-        """Stores outcome and state in one transaction."""
+    def finish(self, run: str, outcome: Outcome, measured: Mapping[str, float], stages: Sequence[str] = ()) -> bool:
+        """Stores outcome and state in one transaction; False, and nothing stored, where another process took the run over."""
         status = "done" if outcome.diverged is None else "diverged"
+        body = _squeeze(outcome_to_json(outcome))
         with self._transaction() as connection:
-            connection.execute(_outcomes.delete().where(_outcomes.c.run == run))
-            connection.execute(_outcomes.insert().values(run=run, body=_squeeze(outcome_to_json(outcome))))
-            self._end(
+            ours = self._end(
                 connection, run, status=status, measured=dict(measured), stages=list(stages), error=None, traceback=None
             )
+            if ours:
+                connection.execute(_outcomes.delete().where(_outcomes.c.run == run))
+                connection.execute(_outcomes.insert().values(run=run, body=body))
+        return ours
 
-    def fail(self, run: str, error: str, traceback: str | None, measured: Mapping[str, float]) -> None:
-        """Records an infrastructure failure (crash, time-out, out of memory); `--retry` runs it again."""
+    def fail(self, run: str, error: str, traceback: str | None, measured: Mapping[str, float]) -> bool:
+        """Records an infrastructure failure (crash, time-out, out of memory); `--retry` runs it again. Else as `finish`."""
         with self._transaction() as connection:
-            self._end(connection, run, status="failed", measured=dict(measured), error=error, traceback=traceback)
+            return self._end(
+                connection, run, status="failed", measured=dict(measured), error=error, traceback=traceback
+            )
 
-    def _end(self, connection: sa.Connection, run: str, **values: Any) -> None:
-        connection.execute(
-            _runs.update().where(_runs.c.id == run).values(ended=time.time(), owner=None, lease_until=None, **values)
-        )
+    def _end(self, connection: sa.Connection, run: str, **values: Any) -> bool:
+        ours = _runs.update().where(_runs.c.id == run, _runs.c.owner == self.owner, _runs.c.status == "running")
+        ended = connection.execute(ours.values(ended=time.time(), owner=None, lease_until=None, **values))
+        return bool(ended.rowcount)
 
     def statuses(self, runs: Sequence[str]) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -350,59 +381,9 @@ class Ledger:
         return list(found.values()) if runs is None else [found[run] for run in runs]
 
 
-def refuse_network_file_system(path: Path) -> None:
-    """SQLite's locks do not hold over network file systems: two processes would corrupt the ledger."""
-    if not Path("/proc/mounts").exists():
-        return
-    existing = path
-    while not existing.exists():
-        existing = existing.parent
-    resolved = str(existing.resolve())
-    best, kind = "", ""
-    for line in Path("/proc/mounts").read_text(errors="replace").splitlines():
-        fields = line.split(" ")
-        mount = fields[1].replace("\\040", " ")
-        if (resolved == mount or resolved.startswith(mount.rstrip("/") + "/")) and len(mount) >= len(best):
-            best, kind = mount, fields[2]
-    if kind in NETWORK_FILE_SYSTEMS:
-        raise LedgerError(
-            f"{path} lies on a network file system ({kind} at {best}), where SQLite's locks do not hold and a ledger can be "
-            "corrupted: choose a local place with --ledger or TRIALIST_HOME"
-        )
-
-
-def _configure(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # transactions are begun by the listener above, as BEGIN IMMEDIATE
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=NORMAL")
-    cursor.execute("PRAGMA foreign_keys=ON")
-    cursor.close()
-
-
-def _way_out(message: str) -> str:
-    if "locked" in message:
-        return "Another program holds it; end that program or wait."
-    if "readonly" in message or "unable to open" in message:
-        return "Choose a writable place with --ledger or TRIALIST_HOME."
-    if "full" in message:
-        return "Free disk space, or choose another place with --ledger."
-    if "not a database" in message or "malformed" in message:
-        return "The file is damaged or no ledger; choose another --ledger."
-    return "Choose another place with --ledger."
-
-
-def _abandoned(owner: str | None, lease_until: float | None) -> bool:
-    """Whether the process that claimed a run is gone. On this machine its life decides, elsewhere its lease."""
-    if owner is None:
-        return True
-    host, pid, created, _ = owner.rsplit(":", 3)
-    if host == socket.gethostname():
-        try:
-            return f"{psutil.Process(int(pid)).create_time():.2f}" != created
-        except psutil.NoSuchProcess:
-            return True
-    return (lease_until or 0.0) < time.time()
+def _renewed() -> sa.ColumnElement[float]:
+    """Counts renewals: a lease that changes, by whatever amount, has a living owner."""
+    return sa.func.coalesce(_runs.c.lease_until, 0.0) + 1.0
 
 
 def _squeeze(document: Mapping[str, Any]) -> bytes:

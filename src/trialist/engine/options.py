@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+MOST_SEEDS = 10_000
+LAST_SEED = 2**31
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class RunOptions:
     margin: float | None = None
     """Smallest effect worth having, in the endpoint's unit; without it the claim's"""
     endpoint: str | None = None
-    """Replace the claim's endpoint by another metric of the runs, `name` or `name:higher` or `name:lower`; needs --margin"""
+    """Replace the claim's endpoint by another metric of the runs, `name` or `name:higher` or `name:lower`, or by a benchmark
+    of the models that they train, such as lm-eval:hellaswag; needs --margin"""
     tune: bool = False
     """Tune all arms again, with equal tries (always on for your own model or data)"""
     until_decided: bool = False
@@ -35,6 +40,8 @@ class RunOptions:
     """Where the HTML report goes; without it reports/ beside the ledger"""
     max_minutes: float | None = None
     """Stop between runs after so many minutes; the same command goes on later"""
+    run_timeout: float | None = None
+    """Minutes after which a run is ended and recorded as failed; without it only a long silence ends it"""
     retry: bool = False
     """Run failed runs again"""
     accept_stale: bool = False
@@ -47,16 +54,18 @@ class RunOptions:
     """Do not ask before work of more than 30 minutes"""
 
     def __post_init__(self) -> None:
-        for name, least in (("seeds", 1), ("workers", 1)):
-            value = getattr(self, name)
+        for name, least, most in (("seeds", 1, MOST_SEEDS), ("workers", 1, None), ("seed_start", 0, LAST_SEED)):
+            value, flag = getattr(self, name), name.replace("_", "-")
             if value is not None and value < least:
-                raise ValueError(f"--{name} must be at least {least}, not {value}")
-        if self.seed_start < 0:
-            raise ValueError(f"--seed-start must be at least 0, not {self.seed_start}")
-        if self.margin is not None and not self.margin > 0:
-            raise ValueError(f"--margin must be > 0, not {self.margin}")
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise ValueError(f"--max-minutes must be > 0, not {self.max_minutes}")
+                raise ValueError(f"--{flag} must be at least {least}, not {value}")
+            if value is not None and most is not None and value > most:
+                raise ValueError(f"--{flag} must be at most {most}, not {value}")
+        if self.margin is not None and not 0 < self.margin < math.inf:
+            raise ValueError(f"--margin must be a finite number > 0, not {self.margin}")
+        for name in ("max_minutes", "run_timeout"):
+            minutes = getattr(self, name)
+            if minutes is not None and not minutes > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be > 0, not {minutes}")
         if self.endpoint is not None and self.margin is None:
             raise ValueError(
                 "--endpoint replaces the claim's endpoint, so --margin (smallest effect worth having) is required"

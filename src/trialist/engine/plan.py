@@ -128,7 +128,14 @@ def prepare(name: str, fields: Mapping[str, Any], options: RunOptions, *, comman
             near = difflib.get_close_matches(field, [*defaults, *RunOptions.__dataclass_fields__], n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(defaults)}"
             raise ValueError(f"trial {name!r} has no option {field!r}; {hint}")
-    trial = cls(**(defaults | dict(fields)))
+    for field, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{field.replace('_', '-')} must be a finite number, not {value}")
+    trial: Trial = cls(**(defaults | dict(fields)))
+    endpoint = None
+    if names_benchmark(options.endpoint):
+        trial, endpoint = trial.with_benchmark(str(options.endpoint))
+        endpoint = dataclasses.replace(endpoint, margin=options.margin)
     trial.check()
     changed = tuple(field for field, value in fields.items() if value != defaults[field])
     arms = tuple(trial.arms())
@@ -140,6 +147,7 @@ def prepare(name: str, fields: Mapping[str, Any], options: RunOptions, *, comman
                 f"{name} has no arm {missing[0]!r}; it has {', '.join(dict.fromkeys(arm.name for arm in arms))}"
             )
         arms = tuple(arm for arm in arms if arm.name in options.arms)
+        check_choice(name, arms)
     own = any(field in changed for field in ("model", "data"))
     seeds = options.seeds
     if seeds is None:
@@ -156,10 +164,10 @@ def prepare(name: str, fields: Mapping[str, Any], options: RunOptions, *, comman
         arms=arms,
         seeds=tuple(range(options.seed_start, options.seed_start + seeds)),
         options=options,
-        endpoint=replaced_endpoint(trial, options),
+        endpoint=endpoint or replaced_endpoint(trial, options),
         inputs=inputs_by_content(trial),
         changed=changed,
-        source=source_digest(trial_paths()[name]),
+        source=source_digest(trial_paths()[name], trial.sources()),
         ledger_path=path,
         command=command or f"trialist run {name} --preset {preset}",
     )
@@ -201,6 +209,25 @@ def check_arms(name: str, trial: Trial, arms: Sequence[Arm]) -> None:
             raise ValueError(
                 f"trial {name}: arm {arm.name!r} tunes over {points} points, but every arm gets {trial.tuning.tries} tries"
             )
+
+
+def names_benchmark(endpoint: str | None) -> bool:
+    """Whether `--endpoint` names a benchmark of the runs' models, `family:name`, and no metric of the runs."""
+    return endpoint is not None and ":" in endpoint.removesuffix(":higher").removesuffix(":lower")
+
+
+def check_choice(name: str, arms: Sequence[Arm]) -> None:
+    """Raises ValueError where the arms that --arms leaves cannot give a verdict."""
+    if all(arm.null for arm in arms):
+        raise ValueError(f"--arms leaves {name} no setting that decides; name arms of its other settings as well")
+    setting = primary_setting(list(arms))
+    left = {arm.role for arm in arms if arm.setting == setting}
+    missing = [role for role in ("treatment", "control") if role not in left]
+    if missing and "factor" not in left:
+        raise ValueError(
+            f"--arms leaves setting {setting!r} of {name} without a {' and a '.join(missing)}, so there is nothing to compare; "
+            f"`trialist show {name}` lists the arms with their roles"
+        )
 
 
 def replaced_endpoint(trial: Trial, options: RunOptions) -> Endpoint | None:

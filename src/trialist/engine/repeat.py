@@ -44,7 +44,7 @@ def verify(ledger_path: Path, run: str, tolerance: float, say: Callable[[str], N
         for name in names
         if not _equal(before.get(name), after.get(name), tolerance)
     ]
-    changed = source_digest(configuration.path) != row["source"]
+    changed = source_digest(configuration.path, rebuild(configuration, ledger_path).sources()) != row["source"]
     return {"run": row["id"], "compared": len(names), "differences": differences, "source_changed": changed}
 
 
@@ -107,7 +107,7 @@ def _again(
         folder=str(folder),
         stages=str(home / "stages"),
         threads=threads,
-        source=source_digest(configuration.path),
+        source=source_digest(configuration.path, trial.sources()),
         keep_model=True,
     )
     say(f"running {row['setting']} · {row['arm']} · seed {row['seed']} again")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
+import math
 import os
 import resource
 import signal
@@ -19,6 +22,7 @@ from typing import Any
 from trialist.engine.context import Context
 from trialist.engine.contract import Arm, Outcome, Trial
 from trialist.engine.identity import major_versions
+from trialist.engine.processes import end_tree, lead_group
 from trialist.engine.records import outcome_to_json
 from trialist.engine.registry import load_path
 
@@ -80,7 +84,30 @@ def perform(task: Task, send: Any = None) -> tuple[dict[str, Any], dict[str, flo
         "peak_bytes": float(peak_bytes()),
         "threads": float(task.threads),
     }
-    return outcome_to_json(outcome), measured, context.used_stages
+    document = outcome_to_json(outcome)
+    check_storable(document)
+    return document, measured, context.used_stages
+
+
+def check_storable(document: Mapping[str, Any], place: str = "outcome") -> None:
+    """Raises ValueError that names the first number that is not finite, TypeError for what JSON cannot hold."""
+    try:
+        json.dumps(document, allow_nan=False)
+    except ValueError:
+        _name_the_number(document, place)
+        raise
+
+
+def _name_the_number(value: Any, place: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(
+            f"{place} is {value}: a run that measured nothing says so in `undefined`, one that diverged in `diverged`"
+        )
+    entries = (
+        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    )
+    for key, entry in entries:
+        _name_the_number(entry, f"{place}.{key}")
 
 
 def peak_bytes() -> int:
@@ -91,7 +118,9 @@ def peak_bytes() -> int:
 
 def work(task: Task, connection: Connection) -> None:
     """The process's main function: runs the task, sends what came out, and ends."""
+    lead_group()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(task.environment)
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
@@ -105,7 +134,8 @@ def work(task: Task, connection: Connection) -> None:
         def send(message: tuple) -> None:
             nonlocal last
             now = time.monotonic()
-            if now - last >= SECONDS_BETWEEN_REPORTS or message[1] >= message[2]:
+            ends = message[0] == "progress" and message[1] >= message[2]
+            if now - last >= SECONDS_BETWEEN_REPORTS or ends:
                 last = now
                 connection.send(message)
 
@@ -113,12 +143,23 @@ def work(task: Task, connection: Connection) -> None:
     except BaseException as error:
         code = 1
         with contextlib.suppress(OSError):  # the parent is gone, and the watching thread ends us
-            connection.send(("failure", f"{type(error).__name__}: {error}", traceback.format_exc()))
+            connection.send(("failure", in_words(error), traceback.format_exc()))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         connection.close()
     sys.exit(code)
+
+
+def in_words(error: BaseException) -> str:
+    """Type and message; memory and disk that ran out are called so first, whatever library said it."""
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"disk full: {text}; free space, then give the same command with --retry"
+    memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if memory or "can't allocate memory" in text or "Cannot allocate memory" in text:
+        return f"out of memory: {text}"
+    return text
 
 
 def _redirect_output(log: Path) -> None:
@@ -132,4 +173,5 @@ def _end_with_parent(connection: Connection) -> None:
     try:
         connection.recv()  # the parent sends nothing: this returns only when it is gone
     except (EOFError, OSError):
+        end_tree(os.getpid())
         os._exit(3)

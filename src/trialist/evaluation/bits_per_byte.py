@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from trialist.data.corpora import Documents
 from trialist.data.packing import PackedRows, pack
 from trialist.data.tokenizers import document_start, encode_documents
+from trialist.evaluation.results import Progress, context_length, silent
+from trialist.models.documents import keeps_documents_apart
 from trialist.models.scoring import selected_logprobs
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,8 @@ class BitsPerByte:
     """Total bits over total bytes"""
     per_document: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     """Document id -> (bits, UTF-8 bytes)"""
+    tokens: int = 0
+    """Tokens scored"""
 
 
 def bits_per_byte(
@@ -38,6 +42,7 @@ def bits_per_byte(
     length: int,
     batch_size: int = 16,
     max_bytes: int | None = None,
+    progress: Progress = silent,
 ) -> BitsPerByte:
     """-log2 p of every token of every document, over the UTF-8 bytes of the text.
 
@@ -55,7 +60,7 @@ def bits_per_byte(
         raise ValueError("bits per byte of no documents is undefined; pass at least one")
     if len(set(documents.ids)) != len(documents):
         raise ValueError(f"{documents.source}: document ids must be unique")
-    context = _context(model)
+    context = context_length(model)
     if context is not None and length > context:
         raise ValueError(
             f"length {length} is longer than the model's context of {context} tokens; pass at most {context}"
@@ -72,17 +77,20 @@ def bits_per_byte(
             f"the tokenizer gives token {int(rows.tokens.max())}, beyond the model's vocabulary of {vocabulary}; "
             "they do not belong together"
         )
-    bits = bits_of_pieces(model, rows, batch_size=batch_size)
+    bits = bits_of_pieces(model, rows, batch_size=batch_size, progress=progress)
     owners = rows.pieces[:, 0]
     per_document = np.bincount(owners, weights=bits, minlength=len(documents))
     sizes = [len(text.encode()) for text in documents.texts]
     return BitsPerByte(
         float(per_document.sum()) / sum(sizes),
         {name: (float(b), size) for name, b, size in zip(documents.ids, per_document, sizes)},
+        rows.scored,
     )
 
 
-def bits_of_pieces(model: nn.Module, rows: PackedRows, *, batch_size: int = 16) -> np.ndarray:
+def bits_of_pieces(
+    model: nn.Module, rows: PackedRows, *, batch_size: int = 16, progress: Progress = silent
+) -> np.ndarray:
     """(P,) float64: -log2 p summed over the scored tokens of each piece of `rows`, in the order of `rows.pieces`.
 
     The model is evaluated in eval mode without gradients and left in the mode it was in.
@@ -93,47 +101,30 @@ def bits_of_pieces(model: nn.Module, rows: PackedRows, *, batch_size: int = 16) 
     try:
         with torch.inference_mode():
             if keeps_documents_apart(model, int(rows.tokens[0, 0]), device):
-                return _bits_of_rows(model, rows, batch_size, device)
+                return _bits_of_rows(model, rows, batch_size, device, progress)
             logger.warning(
                 "%s ignores restarting position ids; each window is scored in a row of its own", type(model).__name__
             )
-            return _bits_of_windows(model, rows, batch_size, device)
+            return _bits_of_windows(model, rows, batch_size, device, progress)
     finally:
         model.train(was_training)
 
 
-def keeps_documents_apart(model: nn.Module, token: int, device: torch.device) -> bool:
-    """Whether a document scores the same packed behind another as it does alone.
-
-    The packed difference is held against that of the same tokens run on as one document, which a model that ignores the
-    restart cannot tell apart. Call it in eval mode without gradients.
-    """
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or token + 1
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocabulary, (1, 12), generator=generator).to(device)
-    first, second = 5, 7
-    restarting = torch.cat([torch.arange(first), torch.arange(second)])[None].to(device)
-    everything = torch.ones_like(tokens)
-    try:
-        packed = selected_logprobs(model, tokens, position_ids=restarting, labels=tokens)[:, first:]
-    except TypeError:  # a model without positions takes no position ids
-        return False
-    alone = selected_logprobs(model, tokens[:, first:], everything[:, first:])
-    joined = selected_logprobs(model, tokens, everything)[:, first:]
-    leak = float((joined - alone).abs().max())
-    return float((packed - alone).abs().max()) <= max(0.05 * leak, 1e-6)
-
-
-def _bits_of_rows(model: nn.Module, rows: PackedRows, batch_size: int, device: torch.device) -> np.ndarray:
+def _bits_of_rows(
+    model: nn.Module, rows: PackedRows, batch_size: int, device: torch.device, progress: Progress
+) -> np.ndarray:
     """(P,) bits of each piece, from packed rows."""
     bits = np.zeros(rows.tokens.shape)  # (N, T) float64, the bits of the token in the slot
     for start in range(0, len(rows), batch_size):
         batch = {name: tensor.to(device) for name, tensor in rows.rows(slice(start, start + batch_size)).items()}
         bits[start : start + batch_size, 1:] = _bits(selected_logprobs(model, **batch))
+        progress(min(start + batch_size, len(rows)), len(rows))
     return np.add.reduceat(bits.reshape(-1), rows.pieces[:, 1])  # padding between pieces has 0 bits
 
 
-def _bits_of_windows(model: nn.Module, rows: PackedRows, batch_size: int, device: torch.device) -> np.ndarray:
+def _bits_of_windows(
+    model: nn.Module, rows: PackedRows, batch_size: int, device: torch.device, progress: Progress
+) -> np.ndarray:
     """(P,) bits of each piece, from rows that hold one piece each, longest first so that little is padded."""
     flat = rows.tokens.reshape(-1)
     bits = np.zeros(len(rows.pieces))
@@ -151,16 +142,12 @@ def _bits_of_windows(model: nn.Module, rows: PackedRows, batch_size: int, device
             model, torch.from_numpy(tokens).to(device), labels=torch.from_numpy(labels).to(device)
         )
         bits[chosen] = _bits(scores).sum(axis=1)
+        progress(start + len(chosen), len(order))
     return bits
 
 
 def _bits(log_probs: Tensor) -> np.ndarray:
     return -log_probs.double().cpu().numpy() / math.log(2)  # nats to bits
-
-
-def _context(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    return next((n for key in ("max_position_embeddings", "n_positions") if (n := getattr(config, key, None))), None)
 
 
 def _first_bytes(documents: Documents, max_bytes: int) -> Documents:

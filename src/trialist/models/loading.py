@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
 from trialist.data import assets
@@ -35,6 +35,10 @@ def load_model(model: str, *, dtype: str = "float32", device: str = "cpu") -> Pr
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     except OSError as error:
         raise ValueError(_unreachable(model, error)) from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(_damaged(model, error)) from error
     settings = getattr(loaded.config, "selective_attention", None)
     if isinstance(settings, dict):
         del loaded.config.selective_attention
@@ -47,7 +51,7 @@ def model_source(model: str) -> str:
     Hub id."""
     if model in MODEL_ASSETS:
         return str(assets.path(model))
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if folder.is_file():
         raise ValueError(f"model {model!r} is a file; give the folder that save_pretrained wrote")
     if folder.is_dir():
@@ -82,6 +86,31 @@ def _unreachable(model: str, error: OSError) -> str:
     )
 
 
+def _damaged(model: str, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+    return (
+        f"model {model!r} is there but could not be loaded ({type(error).__name__}: {reason}); its files may be damaged "
+        "or belong to different models: save or download it again"
+    )
+
+
+def model_context(model: str) -> int | None:
+    """Tokens that a model takes at most; None where its configuration does not say. Raises the errors of `load_model`."""
+    source = model_source(model)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(_unreachable(model, error)) from error
+    except Exception as error:
+        raise ValueError(_damaged(model, error)) from error
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and (not isinstance(most, int) or most < 1):
+        raise ValueError(
+            f"model {model!r}: its config.json says max_position_embeddings {most!r}, not a number of tokens"
+        )
+    return most
+
+
 def model_digest(model: str) -> str:
     """What identifies the content of `model`: `sha256:...` of a local folder or asset, `commit:...` of a Hub id.
 
@@ -94,9 +123,12 @@ def model_digest(model: str) -> str:
     if not Path(source).is_dir():
         return f"commit:{_commit(model)}"
     files = sorted(Path(source).glob("*.safetensors")) + sorted(Path(source).glob("*config.json"))
-    return "sha256:" + _folder_digest(
-        tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files)
-    )
+    try:
+        return "sha256:" + _folder_digest(
+            tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files)
+        )
+    except SafetensorError as error:
+        raise ValueError(_damaged(model, error)) from error
 
 
 def _commit(model: str) -> str:

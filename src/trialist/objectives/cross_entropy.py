@@ -29,9 +29,7 @@ class CrossEntropy:
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         input_ids = batch["input_ids"]
         attention_mask, position_ids = batch.get("attention_mask"), batch.get("position_ids")
-        labels = batch.get("labels")
-        if labels is None:
-            labels = next_token_labels(input_ids, attention_mask, position_ids)
+        labels = _labels(batch)
         if labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}; give one label per "
@@ -41,6 +39,17 @@ class CrossEntropy:
             model, input_ids, attention_mask, position_ids=position_ids, labels=labels
         )  # (B, T) -> (B, T-1)
         return -log_probs.sum(), {"weight": (labels[:, 1:] != IGNORED).sum()}
+
+    def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The number of tokens that `batch` scores, without a forward pass."""
+        return (_labels(batch)[:, 1:] != IGNORED).sum()
+
+
+def _labels(batch: Mapping[str, Tensor]) -> Tensor:
+    labels = batch.get("labels")
+    if labels is not None:
+        return labels
+    return next_token_labels(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
 
 
 def next_token_labels(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:

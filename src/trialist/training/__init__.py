@@ -1,7 +1,49 @@
-"""The training loop, its schedules and its checkpoints."""
+"""The training loop, its schedules and its checkpoints; the adapter to the Hugging Face Trainer; recipes.
 
-from trialist.training.checkpoints import load_checkpoint, save_checkpoint
-from trialist.training.fit import FitResult, fit
-from trialist.training.schedules import Schedule
+Names are imported on first use, so that the options of a recipe can be shown without torch.
+"""
 
-__all__ = ["FitResult", "Schedule", "fit", "load_checkpoint", "save_checkpoint"]
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trialist.training.checkpoints import load_checkpoint, save_checkpoint
+    from trialist.training.consolidation import consolidate
+    from trialist.training.fit import FitResult, fit
+    from trialist.training.parallel import initialize_from_torchrun, shard_model
+    from trialist.training.schedules import Schedule
+    from trialist.training.trainer import ObjectiveTrainer
+
+__all__ = [
+    "FitResult", "ObjectiveTrainer", "Schedule", "consolidate", "fit", "initialize_from_torchrun", "load_checkpoint",
+    "save_checkpoint", "shard_model",
+]  # fmt: skip
+
+HOMES = {
+    "FitResult": "fit",
+    "ObjectiveTrainer": "trainer",
+    "Schedule": "schedules",
+    "consolidate": "consolidation",
+    "fit": "fit",
+    "initialize_from_torchrun": "parallel",
+    "load_checkpoint": "checkpoints",
+    "save_checkpoint": "checkpoints",
+    "shard_model": "parallel",
+}
+
+
+class _Package(ModuleType):
+    """A module-level `__getattr__` would not do: once the file `fit` is imported, the package has an attribute `fit`, and
+    that is the file."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in HOMES:
+            return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
+        return super().__getattribute__(name)
+
+
+sys.modules[__name__].__class__ = _Package

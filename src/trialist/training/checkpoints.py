@@ -1,18 +1,19 @@
 """Checkpoints that are there whole or not at all: tensors in safetensors, all else in JSON, nothing pickled.
 
 A checkpoint is two files, `step-00000100.safetensors` and `step-00000100.json`. The second is written last, holds the
-hash of the first, and makes the checkpoint count. Both come by way of a temporary name, fsync and `os.replace`.
+hash of the first, and makes the checkpoint count. Both come by way of a temporary name, fsync and `os.replace`. Shards of
+weights stand beside them in a folder `step-00000100`, with their hashes in the JSON file as well.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,75 +22,122 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FORMAT = 1
+from trialist.training.parallel import ALONE, Ranks, is_sharded
+from trialist.training.shards import DamagedCheckpoint, check_shards, digest, read_shards, shards_in, sync, write_shards
+
+FORMAT = 2
+"""1: whole tensors; 2: with shards"""
 NAME = re.compile(r"step-(\d{8,})\.json")
 
 
-class DamagedCheckpoint(ValueError):
-    """A checkpoint whose files are incomplete or altered."""
-
-
 def save_checkpoint(
-    folder: str | Path, step: int, state: Mapping[str, Any], settings: Mapping[str, Any], *, keep: int = 2
+    folder: str | Path,
+    step: int,
+    state: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    keep: int = 2,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Writes `state` as the checkpoint of `step` and removes all but the newest `keep`; returns the path of the JSON
     file.
 
     state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None, such as state_dict() returns.
     settings: what made the state, in JSON types; `load_checkpoint` refuses other ones.
+    ranks: all of them call this. The first writes what is whole, each its own shards; an error of one is raised on all.
     Raises OSError when the folder cannot be written or the disk is full: then earlier checkpoints are intact and
     nothing half-written remains. Raises ValueError when `state` holds something else than the above.
     """
-    folder = writable_folder(folder)
+    folder = Path(folder)
     tensors: dict[str, Tensor] = {}
-    tree = _encode(state, "", tensors)
-    stored, aliases = _without_sharing(tensors)
+    shards: dict[str, Tensor] = {}
+    tree = _encode(state, "", tensors, shards)
     name = folder / f"step-{step:08d}"
+    content = {"format": 2 if shards else 1, "step": step, "settings": settings, "state": tree}
+    if shards:
+        content["shards"] = write_shards(Path(f"{name}.tmp"), shards, ranks)
+    with ranks.together():
+        if ranks.first:
+            _write(writable_folder(folder), name, content, tensors)
+            _prune(folder, step, keep)
+    return Path(f"{name}.json")
+
+
+def _write(folder: Path, name: Path, content: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    stored, aliases = _without_sharing(tensors)
+    step = content["step"]
     temporary = [Path(f"{name}.safetensors.tmp"), Path(f"{name}.json.tmp")]
     try:
         save_file(stored, temporary[0])
-        digest = _digest(temporary[0])
-        content = {"format": FORMAT, "step": step, "settings": settings, "sha256": digest}
-        content |= {"aliases": aliases, "state": tree}
+        content |= {"sha256": digest(temporary[0]), "aliases": aliases}
         with open(temporary[1], "w", encoding="utf-8") as file:
             json.dump(content, file)
             file.flush()
             os.fsync(file.fileno())
-        _sync(temporary[0])
+        sync(temporary[0])
+        if name.is_dir():  # shards of a damaged checkpoint of this step, or of one that never came to count
+            Path(f"{name}.json").unlink(missing_ok=True)
+            shutil.rmtree(name)
+        if "shards" in content:
+            os.replace(f"{name}.tmp", name)
         os.replace(temporary[0], f"{name}.safetensors")
         os.replace(temporary[1], f"{name}.json")
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         for path in temporary:
             path.unlink(missing_ok=True)
+        shutil.rmtree(f"{name}.tmp", ignore_errors=True)
         megabytes = sum(tensor.nbytes for tensor in stored.values()) / 1e6
         raise OSError(
             _error_number(error),
             f"checkpoint of step {step} ({megabytes:.1f} MB) could not be written to {folder}: {error}. Earlier "
             "checkpoints are intact; make room or give another folder, then start again to resume",
         ) from error
-    _prune(folder, step, keep)
-    return Path(f"{name}.json")
 
 
-def load_checkpoint(folder: str | Path, settings: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
+def load_checkpoint(
+    folder: str | Path, settings: Mapping[str, Any], *, ranks: Ranks = ALONE
+) -> tuple[int, dict[str, Any]] | None:
     """Step and state of the newest intact checkpoint in `folder`, tensors on the CPU; None where there is none.
 
-    A damaged checkpoint is passed over with a warning. Raises ValueError when the checkpoint was made with other
-    settings or by a newer version.
+    A damaged checkpoint is passed over with a warning. `ranks`: all of them call this and come to the same checkpoint;
+    shards come back as shards. Raises ValueError when the checkpoint was made with other settings or by a newer
+    version, and when the ranks do not see the same folder.
     """
-    for step in sorted(_steps(Path(folder)), reverse=True):
-        path = Path(folder) / f"step-{step:08d}.json"
+    for path, content, tensors in intact_checkpoints(Path(folder), ranks):
+        _compare(path, content["settings"], json.loads(json.dumps(settings)))
+        tensors |= read_shards(path.with_suffix(""), shards_in(content["state"]), ranks.root)
+        return content["step"], decode(content["state"], tensors)
+    return None
+
+
+def intact_checkpoints(folder: Path, ranks: Ranks = ALONE) -> Iterator[tuple[Path, dict[str, Any], dict[str, Tensor]]]:
+    """Path, content and whole tensors of each checkpoint, the newest first; a warning for each that is damaged."""
+    own = sorted(_steps(folder), reverse=True)
+    steps, *others = ranks.gather(own)
+    for rank, other in enumerate(others, start=1):
+        if other != steps:
+            raise ValueError(
+                f"checkpoint folder {folder}: rank 0 finds the steps {steps} there, rank {rank} finds {other}; give a "
+                "folder that all ranks share"
+            )
+    for step in steps:
+        path = folder / f"step-{step:08d}.json"
+        damage: str | None = None
+        content: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
         try:
             content, tensors = _read(path)
+            check_shards(path.with_suffix(""), content.get("shards", {}), ranks)
         except DamagedCheckpoint as error:
+            damage = str(error)
+        damage = next(filter(None, ranks.gather(damage)), None)
+        if damage is None:
+            yield path, content, tensors
+        elif ranks.first:
             warnings.warn(
-                f"checkpoint {path} is damaged ({error}); going back to the one before it, if any", stacklevel=2
+                f"checkpoint {path} is damaged ({damage}); going back to the one before it, if any", stacklevel=3
             )
-            continue
-        _compare(path, content["settings"], json.loads(json.dumps(settings)))
-        return step, _decode(content["state"], tensors)
-    return None
 
 
 def writable_folder(folder: str | Path) -> Path:
@@ -118,7 +166,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"checkpoint {path} has format {version}, this trialist reads up to {FORMAT}; update trialist")
     if not tensors_path.is_file():
         raise DamagedCheckpoint(f"{tensors_path.name} is missing")
-    if _digest(tensors_path) != content["sha256"]:
+    if digest(tensors_path) != content["sha256"]:
         raise DamagedCheckpoint(f"{tensors_path.name} has another hash than when it was written")
     tensors = load_file(tensors_path)
     for alias, original in content["aliases"].items():
@@ -136,16 +184,20 @@ def _compare(path: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) ->
         )
 
 
-def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _encode(value: Any, path: str, tensors: dict[str, Tensor], shards: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor) and is_sharded(value):
+        owner = next((name for name, other in shards.items() if other is value), path)  # tied weights
+        shards[owner] = value
+        return {"shard": [owner, list(value.shape), str(value.dtype).removeprefix("torch.")]}
     if isinstance(value, Tensor):
         tensors[path] = value.detach()
         return {"tensor": path}
     if isinstance(value, Mapping):
         if not all(isinstance(key, str | int) for key in value):
             raise ValueError(f"checkpoint: the keys at {path!r} must be strings or integers")
-        return {"dict": [[key, _encode(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
+        return {"dict": [[key, _encode(item, f"{path}/{key}", tensors, shards)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
-        items = [_encode(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+        items = [_encode(item, f"{path}/{index}", tensors, shards) for index, item in enumerate(value)]
         return {"tuple" if isinstance(value, tuple) else "list": items}
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -154,15 +206,18 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The state of a checkpoint, from its form in the JSON file and its tensors and shards by name."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "tensor":
         return tensors[content]
+    if kind == "shard":
+        return tensors[content[0]]
     if kind == "dict":
-        return {key: _decode(item, tensors) for key, item in content}
-    items = [_decode(item, tensors) for item in content]
+        return {key: decode(item, tensors) for key, item in content}
+    items = [decode(item, tensors) for item in content]
     return tuple(items) if kind == "tuple" else items
 
 
@@ -197,23 +252,10 @@ def _prune(folder: Path, newest: int, keep: int) -> None:
     kept = sorted((step for step in _steps(folder) if step <= newest), reverse=True)[:keep]
     for path in folder.glob("step-*"):
         if path.name.split(".")[0] not in {f"step-{step:08d}" for step in kept} or path.suffix == ".tmp":
-            path.unlink()
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _error_number(error: OSError | SafetensorError) -> int:

@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from trialist.training.checkpoints import load_checkpoint, save_checkpoint, writable_folder
-from trialist.training.hooks import Hooks, Progress, Report
+from trialist.training.hooks import SWITCHES, Hooks, Progress, Report
 from trialist.training.measures import batch_cost, flops_counter
+from trialist.training.parallel import Ranks
 from trialist.training.schedules import Schedule, build_schedule
 from trialist.training.state import LOG_EVERY, UNITS, Batches, Objective, TrainingState, compiled
 
@@ -57,6 +58,7 @@ def fit(
     clip: float | None = 1.0,
     autocast: str | torch.dtype | None = None,
     compile: bool = False,
+    parallel: str | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     keep: int = 2,
@@ -78,10 +80,15 @@ def fit(
         one.
     evaluate: called every `evaluate_every` steps and after the last one, in evaluation mode, without gradients.
     clip: largest norm of the gradient. autocast: `bfloat16` or None. compile: compiles the backbone for this call.
+    parallel: "ddp" (every process holds the weights) or "fsdp" (after `shard_model`), in each of the processes that
+        torchrun started. They take turns at the micro-batches of a step, of which there must be at least as many, and
+        train as one process does with the same arguments; budget and cost count all of them. `evaluate` is called in
+        each and must take the model through the same passes there; what it returns on rank 0 counts.
     checkpoint: a folder. When it holds a checkpoint, training goes on from there bit for bit; one of other settings or
         other data is refused. Written every `checkpoint_every` steps and after the last one; the newest `keep` stay.
     callbacks: `transformers.TrainerCallback`s.
-    seed: of dropout and whatever else model and objective draw from torch; drawn anew for each step from (seed, step).
+    seed: of dropout and whatever else model and objective draw from torch; drawn anew for each step from (seed, step),
+        with `parallel` for each micro-batch from (seed, its index).
     progress: a bar where stdout is a terminal; or a callable that is told (done, total, numbers), as
         `Context.progress` is.
     flops_per_token: forward FLOPs per input position, or a function of the length T; None counts from the model's
@@ -98,6 +105,14 @@ def fit(
     _check_counts(accumulate=accumulate, keep=keep, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be > 0, or None for no clipping; not {clip}")
+    ranks = Ranks(parallel, model)
+    if accumulate < ranks.size:
+        raise ValueError(
+            f"accumulate is {accumulate}: that many micro-batches of a step cannot be shared by {ranks.size} ranks; give "
+            f"accumulate={ranks.size} or a multiple of it, with smaller batches"
+        )
+    if compile and parallel == "fsdp":
+        raise ValueError("compile does not go with parallel='fsdp'; compile the layers before shard_model instead")
     first = batches(0)
     batch_cost(first, None)
     run = TrainingState(
@@ -112,6 +127,7 @@ def fit(
         autocast=_autocast_dtype(autocast),
         seed=seed,
         flops=flops_counter(model, flops_per_token, first["input_ids"].shape[-1]),
+        ranks=ranks,
     )
     if unit == "flops" and run.flops is None:
         raise ValueError("budget: the FLOPs of this model cannot be counted; give flops_per_token")
@@ -123,11 +139,21 @@ def fit(
 
     run.scheduler, about_schedule = build_schedule(schedule, optimizer, budget_steps)
     settings: dict[str, Any] = {}
+    if checkpoint is not None or parallel is not None:
+        settings = run.settings(first, about_schedule) | {"compile": compile}
+    if parallel is not None:
+        rhythm = {
+            "evaluate": evaluate is not None,
+            "evaluate_every": evaluate_every,
+            "checkpoint_every": checkpoint_every,
+        }
+        ranks.require_same(settings | rhythm | {"budget": amount, "checkpoint": checkpoint and str(checkpoint)})
+        ranks.start_alike(model)
     resumed_at = 0
     if checkpoint is not None:
-        writable_folder(checkpoint)
-        settings = run.settings(first, about_schedule) | {"compile": compile}
-        found = load_checkpoint(checkpoint, settings)
+        with ranks.together():
+            writable_folder(checkpoint)
+        found = load_checkpoint(checkpoint, settings, ranks=ranks)
         if found is not None:
             resumed_at, state = found
             if unit == "steps" and resumed_at > amount:
@@ -148,14 +174,15 @@ def fit(
         "report_to": "none",
         "use_cpu": run.device.type == "cpu",
     }
-    hooks = Hooks(callbacks, model, optimizer, run.scheduler, arguments)
-    shown = Progress(progress, unit, amount)
+    hooks = Hooks(callbacks, model, optimizer, run.scheduler, arguments, ranks)
+    shown = Progress(progress if ranks.first else False, unit, amount)
     diverged: str | None = None
     try:
         with _training_mode(model, run.device), compiled(run, first, compile):
             hooks.at(run.step, run.spent)
             hooks("on_train_begin")
-            while run.spent[unit] < amount and not hooks.wants("should_training_stop"):
+            stop = ranks.any(hooks.wants("should_training_stop"))[0]
+            while run.spent[unit] < amount and not stop:
                 began = time.perf_counter()
                 hooks("on_step_begin")
                 run.accumulate_gradients(hooks)
@@ -171,26 +198,29 @@ def fit(
                 hooks.at(run.step, run.spent)
                 hooks("on_step_end", logs=run.logs)
 
-                last = run.spent[unit] >= amount or hooks.wants("should_training_stop")
-                evaluates = evaluate is not None and (last or _due(run.step, evaluate_every))
-                saves = checkpoint is not None and (last or _due(run.step, checkpoint_every))
-                evaluates |= hooks.wants("should_evaluate") and evaluate is not None
-                saves |= hooks.wants("should_save") and checkpoint is not None
+                stop, evaluates, saves, logs = ranks.any(*(hooks.wants(switch) for switch in SWITCHES))
+                last = run.spent[unit] >= amount or stop
+                evaluates = evaluate is not None and (last or evaluates or _due(run.step, evaluate_every))
+                saves = checkpoint is not None and (last or saves or _due(run.step, checkpoint_every))
+                logs |= last or run.step % LOG_EVERY == 0
                 if (evaluates or saves or last) and (diverged := run.look()):
                     break
                 shown(run.spent[unit], run.logs, force=last)
-                if hooks.wants("should_log") or last or run.step % LOG_EVERY == 0:
+                if logs:
                     hooks("on_log", logs=dict(run.logs))
                 if evaluates:
                     assert evaluate is not None
                     hooks("on_evaluate", metrics=run.evaluate(evaluate))
                 if saves:
                     assert checkpoint is not None
-                    save_checkpoint(checkpoint, run.step, run.state(), settings, keep=keep)
+                    save_checkpoint(checkpoint, run.step, run.state(), settings, keep=keep, ranks=ranks)
                     hooks("on_save")
+                if evaluates or saves or logs:
+                    stop = ranks.any(hooks.wants("should_training_stop"))[0]
             hooks("on_train_end")
     finally:
         shown.close()
+    run.spent["seconds"] = ranks.number_of_first(run.spent["seconds"])
     losses = tuple(loss for loss, _, _ in run.history)
     return FitResult(
         cost=dict(run.spent),
@@ -270,5 +300,8 @@ def _trained_parameters(model: nn.Module, optimizer: Optimizer) -> list[nn.Param
     own = {id(parameter) for parameter in model.parameters()}
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if not trained or any(id(parameter) not in own for parameter in trained):
-        raise ValueError("optimizer: it must hold trainable parameters of this model and no others")
+        raise ValueError(
+            "optimizer: it must hold trainable parameters of this model and no others"
+            + ("; make it after shard_model" if hasattr(model, "_root_of_shards") else "")
+        )
     return trained

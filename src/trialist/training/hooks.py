@@ -11,6 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from trialist.training.parallel import ALONE, Ranks
+
+SWITCHES = ("should_training_stop", "should_evaluate", "should_save", "should_log")
 Report = Callable[[float, float, Mapping[str, float]], None]
 
 
@@ -19,7 +22,8 @@ class Hooks:
 
     Events: on_train_begin, on_step_begin, on_substep_end, on_pre_optimizer_step, on_optimizer_step, on_step_end,
     on_log, on_evaluate, on_save, on_train_end. The control's should_training_stop, should_evaluate, should_save and
-    should_log work. Without callbacks nothing of transformers is imported.
+    should_log work; of several ranks each has its own callbacks, and what one of them asks for all do. Without callbacks
+    nothing of transformers is imported.
     """
 
     def __init__(
@@ -29,6 +33,7 @@ class Hooks:
         optimizer: Optimizer,
         schedule: LRScheduler | None,
         arguments: Mapping[str, Any],
+        ranks: Ranks = ALONE,
     ) -> None:
         self.callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks]
         self.control: Any = None
@@ -39,7 +44,11 @@ class Hooks:
 
         self.objects = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule}
         self.arguments = TrainingArguments(**arguments)
-        self.state = TrainerState(max_steps=max(self.arguments.max_steps, 0))
+        self.state = TrainerState(
+            max_steps=max(self.arguments.max_steps, 0),
+            is_world_process_zero=ranks.first,
+            is_local_process_zero=ranks.local_rank == 0,
+        )
         self.control = TrainerControl()
 
     def __call__(self, event: str, **given: Any) -> None:

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from trialist.training.checkpoints import load_optimizer_state
 from trialist.training.hooks import Hooks
 from trialist.training.measures import batch_cost, describe, describe_model, describe_optimizer, digest_batch
+from trialist.training.parallel import ALONE, Ranks, local_part
 
 Batch = Mapping[str, Tensor]
 Batches = Callable[[int], Batch]
@@ -43,6 +44,7 @@ class TrainingState:
     autocast: torch.dtype | None
     seed: int
     flops: Callable[[int], float] | None
+    ranks: Ranks = ALONE
     scheduler: LRScheduler | None = None
     step: int = 0
     """Steps begun; all of them finished except while `accumulate_gradients` runs or after a divergence"""
@@ -82,7 +84,7 @@ class TrainingState:
             nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
         )
         with context:
-            loss, stats = self.objective(self.model, moved)
+            loss, stats = self.ranks.run(self.model, self.objective, moved)
         if loss.dim() != 0 or not loss.requires_grad:
             raise ValueError(
                 f"objective {describe(self.objective)} must return a scalar sum that depends on a trained parameter; "
@@ -101,18 +103,32 @@ class TrainingState:
         self.draw_from("step", self.step)
         total = torch.zeros((), device=self.device)
         weight: Tensor | float = 0.0
-        for index in self.micro_batches(self.step):
+        costs = []
+        for turn, (index, counts) in enumerate(self.ranks.share(self.micro_batches(self.step))):
+            if turn:
+                hooks("on_substep_end")
+            if self.ranks.kind is not None:
+                self.draw_from("micro-batch", index)  # the same numbers whichever rank computes it
             batch = self.batches(index)
             loss, micro_weight = self.loss(batch)
+            if not counts:
+                (loss * 0).backward()
+                continue
             loss.backward()
             total += loss.detach()
             weight = weight + micro_weight
-            for unit, cost in batch_cost(batch, self.flops).items():
-                self.spent[unit] += cost
-            if index + 1 < self.step * self.accumulate:
-                hooks("on_substep_end")
+            costs.append(batch_cost(batch, self.flops))
         weight = torch.as_tensor(weight, dtype=torch.float32, device=self.device)
-        norm = scale_gradients(self.parameters, weight, self.clip)
+        if self.ranks.kind is not None:
+            own = {unit: sum(cost[unit] for cost in costs) for unit in self.spent if unit in ("tokens", "flops")}
+            sums, everywhere = self.ranks.add_up(
+                self.model, self.parameters, torch.stack((total.double(), weight.double())), own
+            )
+            (total, weight), costs = sums.float(), [everywhere]
+        for cost in costs:
+            for unit, amount in cost.items():
+                self.spent[unit] += amount
+        norm = scale_gradients(self.parameters, weight, self.clip, self.ranks)
         self.spent["steps"] = float(self.step)
         self.pending.append((self.step, torch.stack((total, weight, norm))))
         self.history.append((math.nan, math.nan, self.spent[self.unit]))
@@ -136,7 +152,10 @@ class TrainingState:
     def count_seconds(self, began: float) -> None:
         if self.device.type == "cuda" and (self.unit == "seconds" or self.step % LOG_EVERY == 0):
             torch.cuda.synchronize(self.device)
-        self.spent["seconds"] += time.perf_counter() - began
+        elapsed = time.perf_counter() - began
+        if self.unit == "seconds":
+            elapsed = self.ranks.number_of_first(elapsed)  # one clock decides on which step is the last
+        self.spent["seconds"] += elapsed
         loss, weight, _ = self.history[-1]
         self.history[-1] = (loss, weight, self.spent[self.unit])
 
@@ -145,8 +164,10 @@ class TrainingState:
         self.draw_from("evaluation", 0)
         self.model.eval()
         with torch.no_grad():
-            metrics = {name: float(value) for name, value in evaluate(self.model).items()}
+            metrics = {name: float(value) for name, value in self.ranks.run(self.model, evaluate).items()}
+        self.ranks.reshard()
         self.model.train()
+        metrics = self.ranks.gather(metrics)[0]
         if "train_loss" in metrics:
             raise ValueError("evaluate: the name 'train_loss' is taken by the curve of the training loss")
         for name, value in metrics.items():
@@ -177,11 +198,12 @@ class TrainingState:
             "clip": self.clip,
             "autocast": None if self.autocast is None else str(self.autocast),
             "seed": self.seed,
+            **({} if self.ranks.kind is None else {"parallel": self.ranks.described}),
         }
 
     def state(self) -> dict[str, Any]:
         return {
-            "model": self.model.state_dict(),
+            "model": self.model.state_dict(keep_vars=self.ranks.kind == "fsdp"),  # tied shards known by identity
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.scheduler is None else self.scheduler.state_dict(),
             "step": self.step,
@@ -204,13 +226,15 @@ def stream_seed(seed: int, name: str, index: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}/{index}".encode(), digest_size=8).digest(), "little") >> 1
 
 
-def scale_gradients(parameters: Sequence[nn.Parameter], weight: Tensor, clip: float | None) -> Tensor:
+def scale_gradients(
+    parameters: Sequence[nn.Parameter], weight: Tensor, clip: float | None, ranks: Ranks = ALONE
+) -> Tensor:
     """Turns gradients of a sum into those of the mean and clips them, in one pass; returns their norm before clipping.
 
     The clipping is that of `torch.nn.utils.clip_grad_norm_`.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients).float() / weight
+    gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    norm = ranks.total_norm(gradients, weight.device).float() / weight
     factor = 1 / weight if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0) / weight
     torch._foreach_mul_(gradients, factor)
     return norm

@@ -68,14 +68,16 @@ def check_inputs(model: str, dtype: str, lora: int, **positive: int) -> None:
 
 def check_length(model: str, length: int) -> None:
     """Raises ValueError where sequences are longer than a given model takes, or where it has no tokenizer or configuration."""
-    from transformers import AutoConfig
-
-    from trialist.models.loading import model_source
-
-    config = AutoConfig.from_pretrained(model_source(model))
-    most = getattr(config, "max_position_embeddings", None)
+    most = model_context(model)
     if most is not None and length > most:
         raise ValueError(f"sequences of {length} tokens are longer than {model} takes ({most}); lower the length")
+
+
+def model_context(model: str) -> int | None:
+    """Tokens that a given model takes at most; None where its configuration does not say."""
+    from trialist.models import loading
+
+    return loading.model_context(model)
 
 
 def model_inputs(model: str, device: str) -> dict[str, str]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from trialist.engine.context import Context
-from trialist.engine.contract import Arm, Budget, Claim, Endpoint, Outcome, Trial, Tuning
+from trialist.engine.contract import Arm, Budget, Claim, Endpoint, Outcome, Tuning
 from trialist.engine.hardware import resolve_device
+from trialist.trials._evaluation import TrainedModelTrial
 from trialist.trials._language_model import (
     BUILT_IN,
     PRELOAD,
@@ -19,6 +20,7 @@ from trialist.trials._language_model import (
     attention_arms,
     check_inputs,
     check_length,
+    model_context,
     model_inputs,
     train,
 )
@@ -28,7 +30,7 @@ LEARNING_RATES = (2e-3, 4e-3, 8e-3)
 
 
 @dataclass(frozen=True)
-class SelectiveAttentionTrial(Trial):
+class SelectiveAttentionTrial(TrainedModelTrial):
     """Does selective attention model text better than standard attention at equal training tokens?"""
 
     claim = Claim(
@@ -111,9 +113,11 @@ class SelectiveAttentionTrial(Trial):
         elif self.width % self.heads:
             raise ValueError(f"--width {self.width} must be a multiple of --heads {self.heads}")
         self.text.check()
+        known = None if self.model == BUILT_IN and self.tokenizer != "bytes" else self.text.tokenizer
+        self.check_benchmark(known, self.length if self.model == BUILT_IN else model_context(self.model))
 
     def digests(self) -> Mapping[str, str]:
-        return {**model_inputs(self.model, self.device), "data": self.text.digest()}
+        return {**model_inputs(self.model, self.device), "data": self.text.digest(), **self.benchmark_digests()}
 
     def remarks(self) -> tuple[str, ...]:
         return (*self.text.remarks(), *arm_remarks(self.model))
@@ -142,6 +146,10 @@ class SelectiveAttentionTrial(Trial):
 
         folder = self.text.stage(context, shuffled=arm.setting == "shuffled")
         tokenizer = load_tokenizer(str(folder))
+        if self.benchmark and self.model == BUILT_IN:
+            self.evaluation.check_fit(
+                tokenizer, self.length
+            )  # a tokenizer that was trained just now is known only here
         rows = {part: load_rows(folder, part) for part in ("train", "validation", "test")}
         device = resolve_device(self.device)
         model = arm_model(
@@ -167,8 +175,9 @@ class SelectiveAttentionTrial(Trial):
         if outcome.diverged is not None:
             return outcome
         epochs = self.steps * self.batch / len(rows["train"][0])
-        return dataclasses.replace(
+        outcome = dataclasses.replace(
             outcome,
             metrics={**last, "validation_bits_per_byte": score(model, "validation")},
             notes=(f"the training text was passed {epochs:.1f} times",) if epochs > 1.05 else (),
         )
+        return self.hand_over(outcome, model, tokenizer, context, batch=self.batch)

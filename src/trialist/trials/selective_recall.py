@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from trialist.data.recall import Task
 
 from trialist.engine.context import Context
-from trialist.engine.contract import Arm, Budget, Claim, Endpoint, Outcome, Trial, Tuning
+from trialist.engine.contract import Arm, Budget, Claim, Endpoint, Outcome, Tuning
 from trialist.engine.hardware import resolve_device
+from trialist.trials._evaluation import TrainedModelTrial
 from trialist.trials._language_model import (
     BUILT_IN,
     PRELOAD,
@@ -22,6 +23,7 @@ from trialist.trials._language_model import (
     attention_arms,
     check_inputs,
     check_length,
+    model_context,
     model_inputs,
     train,
 )
@@ -32,7 +34,7 @@ VALIDATION, EVALUATION = 30_001, 30_002
 
 
 @dataclass(frozen=True)
-class SelectiveRecallTrial(Trial):
+class SelectiveRecallTrial(TrainedModelTrial):
     """Does selective attention recall the last value of a variable in sequences four times as long as in training?"""
 
     claim = Claim(
@@ -105,9 +107,15 @@ class SelectiveRecallTrial(Trial):
             check_length(self.model, self.longest)
         elif self.width % self.heads:
             raise ValueError(f"--width {self.width} must be a multiple of --heads {self.heads}")
+        if self.benchmark and self.model == BUILT_IN:
+            raise ValueError(
+                f"benchmark {self.benchmark}: the built-in decoder of this trial reads symbols and has no tokenizer for text; "
+                "name a --model, or take selective-attention"
+            )
+        self.check_benchmark(self.model, model_context(self.model) if self.benchmark else None)
 
     def digests(self) -> Mapping[str, str]:
-        return model_inputs(self.model, self.device)
+        return {**model_inputs(self.model, self.device), **self.benchmark_digests()}
 
     def remarks(self) -> tuple[str, ...]:
         return arm_remarks(self.model)
@@ -159,7 +167,12 @@ class SelectiveRecallTrial(Trial):
             return outcome
         validation = RecallBatches(task, self.batch, VALIDATION, self.fewest, self.most)
         loss = mean_loss(model, [batches(validation, step) for step in range(8)])
-        return dataclasses.replace(outcome, metrics={**last, "validation_loss": loss})
+        outcome = dataclasses.replace(outcome, metrics={**last, "validation_loss": loss})
+        if not self.benchmark:
+            return outcome
+        from trialist.data.tokenizers import load_tokenizer
+
+        return self.hand_over(outcome, model, load_tokenizer(self.model), context, batch=self.batch)
 
 
 def symbol_ids(vocabulary: int, symbols: int) -> Any:

@@ -1,0 +1,184 @@
+"""`trialist eval NAME ... --model M`: scores of a model on benchmarks, item by item, in the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from trialist.cli._arguments import console, ledger_path, parse, print_json
+
+USER_ERRORS = ("ValueError: ", "FileNotFoundError: ", "ImportError: ")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Score a model on benchmarks: bits per byte of any text, BLiMP, and standard benchmarks through lm-eval. Without names,
+    list them. `trialist compare RUN RUN` compares two evaluations by item."""
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Benchmarks, also separated by commas: hellaswag, text:FILE, blimp:FOLDER"""
+    model: str | None = None
+    """Hub id, local folder or asset of a causal language model"""
+    data: str | None = None
+    """Data of `text` and `blimp`: local file or folder, Hub id or built-in name"""
+    split: str | None = None
+    """Split of the data of `text`"""
+    columns: str | None = None
+    """Column of the data that holds the text, text=NAME"""
+    shots: int | None = None
+    """Few-shot examples of an lm-eval benchmark; without it those of its published setting"""
+    limit: int | None = None
+    """Most items of each benchmark (of each paradigm of BLiMP, each subject of MMLU), the first ones"""
+    length: int | None = None
+    """Tokens in a window of `text`; without it the model's context, at most 1024"""
+    batch: int = 16
+    """Sequences in a forward pass"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = "float32"
+    """Numbers that the model computes in; auto is the saved one"""
+    seed: int = 0
+    """Draws few-shot examples where they are drawn"""
+    again: bool = False
+    """Run once more what the ledger holds already, as a further run"""
+    ledger: str | None = None
+    """The ledger file; without it .trialist/ledger.db below the current folder, or below TRIALIST_HOME"""
+    json: bool = False
+    """Print metrics as JSON"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse(Options, "eval", arguments)
+    names = [part for name in options.names for part in name.split(",") if part]
+    if not names:
+        return list_benchmarks(options.json)
+    if options.model is None:
+        raise ValueError(f"which model? trialist eval {' '.join(names)} --model MODEL (Hub id, local folder or asset)")
+    from rich.console import Console
+
+    from trialist.engine.alone import run_alone
+    from trialist.engine.api import command_line
+    from trialist.engine.display import Display
+    from trialist.evaluation.registry import options_for
+    from trialist.trials._evaluation import NAME, OPTIONS, PATH, ModelEvaluation
+
+    given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
+    trials = [
+        ModelEvaluation(
+            model=options.model, benchmark=name, batch=options.batch, device=options.device, dtype=options.dtype, **own
+        )
+        for name, own in options_for(names, given).items()
+    ]
+    records = run_alone(
+        NAME, PATH, trials, seed=options.seed, ledger_path=ledger_path(options.ledger), command=command_line(),
+        again=options.again, display=Display(Console(stderr=True)),
+    )  # fmt: skip
+    results = [describe(record, trial.endpoints()) for record, trial in zip(records, trials)]
+    if options.json:
+        print_json({"model": options.model, "evaluations": results})
+    else:
+        print_results(results)
+    failed = [record for record in records if record.outcome is None]
+    for record in failed:
+        message = str(record.error)
+        if message.startswith(USER_ERRORS):
+            raise ValueError(f"{record.setting}: {message.partition(': ')[2]}")
+        console().print(
+            f"\nrun {record.id} ({record.setting}) failed: {message}; `trialist runs --status failed --errors` shows where, "
+            "the same command tries again",
+            markup=False,
+        )
+    return 1 if failed else 0
+
+
+def list_benchmarks(as_json: bool) -> int:
+    from trialist.evaluation.registry import evaluation_names
+
+    names = evaluation_names()
+    if as_json:
+        print_json([{"name": name, "about": about} for name, about in names.items()])
+        return 0
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    for name, about in names.items():
+        table.add_row(name, about)
+    out = console()
+    out.print(table)
+    out.print(
+        "\ntrialist eval NAME ... --model MODEL\nAll but text and blimp need pip install 'trialist[eval]' and the data: "
+        "trialist assets fetch benchmarks",
+        markup=False,
+    )
+    return 0
+
+
+def describe(record: Any, endpoints: Sequence[Any]) -> dict[str, Any]:
+    """What is printed of a run: metrics, the interval of the deciding one over items, run id."""
+    found: dict[str, Any] = {
+        "benchmark": record.setting, "run": record.id, "status": record.status, "seed": record.seed, "metrics": {},
+        "items": 0, "interval": None, "tokens": None, "seconds": record.measured.get("wall_seconds"), "notes": [],
+        "units": {endpoint.name: endpoint.unit for endpoint in endpoints}, "error": record.error,
+    }  # fmt: skip
+    if record.outcome is None:
+        return found
+    from trialist.engine.item_intervals import item_interval
+
+    name = endpoints[0].name
+    items = record.outcome.items[name]
+    interval = item_interval(items.scores, items.clusters)
+    return found | {
+        "metrics": dict(record.outcome.metrics),
+        "items": len(items.ids),
+        "interval": None if interval.low is None else {"metric": name, "low": interval.low, "high": interval.high},
+        "tokens": record.outcome.cost.tokens,
+        "notes": list(record.outcome.notes),
+    }
+
+
+def print_results(results: Sequence[Mapping[str, Any]]) -> None:
+    from rich.table import Table
+
+    from trialist.engine.display import duration
+
+    out = console()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("benchmark", "metric", "value", "95 % interval", "items", "time", "run"):
+        table.add_column(column, justify="right" if column in ("value", "items", "time") else "left", no_wrap=True)
+    parts: dict[str, list[tuple[str, float]]] = {}
+    for result in results:
+        head = True
+        for name, value in result["metrics"].items():
+            if "/" in name:
+                parts.setdefault(result["benchmark"], []).append((name, value))
+                continue
+            interval = result["interval"] if result["interval"] and result["interval"]["metric"] == name else None
+            table.add_row(
+                result["benchmark"] if head else "",
+                name + (f", {unit}" if (unit := result["units"].get(name)) and unit != name else ""),
+                number(value),
+                f"{number(interval['low'])} to {number(interval['high'])}" if interval else "",
+                f"{result['items']:,}" if head else "",
+                duration(result["seconds"]) if head else "",
+                result["run"] if head else "",
+            )
+            head = False
+    if table.row_count:
+        out.print(table)
+    for benchmark, rows in parts.items():
+        detail = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        detail.add_column(benchmark)
+        detail.add_column(rows[0][0].partition("/")[0], justify="right")
+        for name, value in rows:
+            detail.add_row(name.partition("/")[2], number(value))
+        out.print()
+        out.print(detail)
+    for note in dict.fromkeys(note for result in results for note in result["notes"]):
+        out.print(f"note  {note}", markup=False)
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4f}"

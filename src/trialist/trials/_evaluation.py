@@ -1,0 +1,178 @@
+"""A given model on a benchmark: as a run that stands alone, and at the end of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trialist.engine.context import Context
+from trialist.engine.contract import Arm, Cost, Endpoint, Items, Outcome, Trial
+from trialist.engine.hardware import resolve_device
+from trialist.evaluation.registry import evaluation_sources, load_evaluation, settle_name
+from trialist.evaluation.results import Evaluation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NAME = "eval"
+PATH = "trialist.trials._evaluation:ModelEvaluation"
+OPTIONS = ("data", "split", "columns", "shots", "limit", "length")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
+
+
+@dataclass(frozen=True)
+class ModelEvaluation(Trial):
+    """Scores of one model on one benchmark, item by item. Two of them are compared by `trialist compare RUN RUN`."""
+
+    version = 1
+    preload = ("torch", "transformers", "trialist.models.loading", "trialist.evaluation.results")
+    versions = ("torch", "transformers")
+
+    model: str
+    benchmark: str
+    data: str | None = None
+    split: str | None = None
+    columns: str | None = None
+    shots: int | None = None
+    limit: int | None = None
+    length: int | None = None
+    batch: int = 16
+    device: str = "auto"
+    dtype: str = "float32"
+
+    @property
+    def evaluation(self) -> Evaluation:
+        return load_evaluation(self.benchmark, {name: getattr(self, name) for name in OPTIONS})
+
+    def check(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"--batch must be at least 1, not {self.batch}")
+        self.evaluation.check()
+        from trialist.models.loading import DTYPES, model_source
+
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype {self.dtype!r}: one of {', '.join(DTYPES)}")
+        model_source(self.model)
+
+    def digests(self) -> Mapping[str, str]:
+        from trialist.models.loading import model_digest
+
+        return {
+            "model": f"{model_digest(self.model)}{_tokenizer_digest(self.model)}",
+            "device": resolve_device(self.device),
+            "benchmark": f"{':'.join(settle_name(self.benchmark))} {self.evaluation.digest()}",
+            **({"data": "in benchmark"} if self.data else {}),
+        }
+
+    def sources(self) -> tuple[str, ...]:
+        return evaluation_sources(self.benchmark)
+
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        return tuple(Endpoint(m.name, unit=m.unit, better=m.better) for m in self.evaluation.metrics)
+
+    def arms(self) -> Iterator[Arm]:
+        family, argument = settle_name(self.benchmark)
+        data = argument or self.data
+        place = argument if family == "lm-eval" else f"{family} {Path(data).name}" if data else family
+        yield Arm(Path(self.model).name or self.model, "reference", place)
+
+    def run(self, arm: Arm, seed: int, context: Context) -> Outcome:
+        from trialist.data.tokenizers import load_tokenizer
+        from trialist.models.loading import load_model
+
+        tokenizer = load_tokenizer(self.model)
+        model = load_model(self.model, dtype=self.dtype, device=resolve_device(self.device))
+        return measure(self.evaluation, model, tokenizer, context, batch=self.batch, seed=seed)
+
+
+def measure(
+    evaluation: Evaluation, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: Context, *, batch: int,
+    seed: int = 0, prefix: str = "",
+) -> Outcome:  # fmt: skip
+    """The evaluation of a model as an outcome: metrics, item scores, tokens, notes."""
+    result = evaluation(
+        model, tokenizer, batch=batch, seed=seed, progress=lambda done, total: context.progress(done, total)
+    )
+    return Outcome(
+        metrics={f"{prefix}{name}": value for name, value in result.metrics.items()},
+        items={f"{prefix}{name}": Items(result.ids, scores, result.clusters) for name, scores in result.scores.items()},
+        cost=Cost(tokens=float(result.tokens)),
+        notes=result.notes,
+    )
+
+
+@dataclass(frozen=True)
+class TrainedModelTrial(Trial):
+    """A trial whose runs train a language model, and can hand it to a benchmark."""
+
+    benchmark: str = ""
+    """Benchmark of the trained model, such as lm-eval:hellaswag or blimp:FOLDER, measured at the end of every run"""
+    benchmark_limit: int | None = None
+    """Most items of each part of the benchmark"""
+
+    def with_benchmark(self, name: str) -> tuple[Trial, Endpoint]:
+        if self.benchmark not in ("", name):
+            raise ValueError(
+                f"--endpoint {name} and --benchmark {self.benchmark} name two benchmarks; give one of them"
+            )
+        trial = dataclasses.replace(self, benchmark=name)
+        metric = trial.evaluation.metrics[0]
+        return trial, Endpoint(f"{trial.prefix}{metric.name}", unit=metric.unit, better=metric.better)
+
+    @property
+    def evaluation(self) -> Evaluation:
+        return load_evaluation(self.benchmark, {"limit": self.benchmark_limit})
+
+    @property
+    def prefix(self) -> str:
+        family, argument = settle_name(self.benchmark)
+        return f"{argument if family == 'lm-eval' else family} "
+
+    def sources(self) -> tuple[str, ...]:
+        return evaluation_sources(self.benchmark) if self.benchmark else ()
+
+    def replicates_over(self) -> Any:
+        return "seed x item" if self.benchmark else self.replicate
+
+    def check_benchmark(self, tokenizer: str | None, context: int | None) -> None:
+        """Raises ValueError for a benchmark that cannot be measured. tokenizer: None where it is not known yet."""
+        if not self.benchmark:
+            if self.benchmark_limit is not None:
+                raise ValueError("--benchmark-limit limits a benchmark; name it with --endpoint or --benchmark")
+            return
+        self.evaluation.check()
+        if tokenizer is not None:
+            from trialist.data.tokenizers import load_tokenizer
+
+            self.evaluation.check_fit(load_tokenizer(tokenizer), context)
+
+    def benchmark_digests(self) -> dict[str, str]:
+        if not self.benchmark:
+            return {}
+        return {"benchmark": f"{':'.join(settle_name(self.benchmark))} {self.evaluation.digest()}"}
+
+    def hand_over(self, outcome: Outcome, model: Any, tokenizer: Any, context: Context, *, batch: int) -> Outcome:
+        """The outcome with what the benchmark says about the trained model; tuning runs are not measured on it."""
+        if not self.benchmark or (self.tuning is not None and context.seed in self.tuning.seeds):
+            return outcome
+        measured = measure(self.evaluation, model, tokenizer, context, batch=batch, prefix=self.prefix)
+        return dataclasses.replace(
+            outcome,
+            metrics={**outcome.metrics, **measured.metrics},
+            items={**outcome.items, **measured.items},
+            notes=(*outcome.notes, *measured.notes),
+        )
+
+
+def _tokenizer_digest(model: str) -> str:
+    """Digest of the tokenizer files of a local folder; a Hub commit and an asset's digest cover theirs."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return ""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    total = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
+    return f" tokenizer:{total.hexdigest()[:16]}" if files else ""
