@@ -343,7 +343,7 @@ def _summarize(
         full_trial_command=full_trial_command(prepared),
         stages=[
             {key: entry[key] for key in ("name", "key", "wall_seconds", "bytes")}
-            for entry in list_stages(prepared.home / "stages")
+            for entry in sorted(list_stages(prepared.home / "stages"), key=lambda entry: (entry["name"], entry["key"]))
             if f"{entry['name']}-{entry['key']}" in {stage for record in records for stage in record.stages}
         ],
     )
