@@ -43,9 +43,13 @@ class FullAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        padding_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Mixed states `(B, T, hidden_size)` and the attention weights where the implementation has them."""
+        """Mixed states `(B, T, hidden_size)` and the attention weights where the implementation has them.
+
+        attention_mask as transformers builds it from the padding, so `padding_mask` has nothing to add.
+        """
         B, T, _ = hidden_states.shape
         query = self.q_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         key = self.k_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, D)

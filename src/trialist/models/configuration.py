@@ -25,6 +25,11 @@ FEED_FORWARDS = {"swiglu": "trialist.models.decoder:SwiGLU"}
 DEPTHS = {"stack": "trialist.models.decoder:Stack"}
 """`depth`: how the layers are run"""
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "selective": {"selector_head": 0, "protect_bos": True},
+}
+"""The fields of the configuration that hold the settings of one architecture, with their keys and defaults"""
+
 
 def resolve(registry: Mapping[str, str], name: str) -> Any:
     """The class that `registry` holds under `name`."""
@@ -95,6 +100,10 @@ class ModularDecoderConfig(PreTrainedConfig):
             self.ffn_types = ["swiglu"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
 
+    def settings(self, field: str) -> dict[str, Any]:
+        """The settings of one architecture (a key of `SETTINGS`): what was given, defaults for the rest."""
+        return {**SETTINGS[field], **(getattr(self, field) or {})}
+
     def validate_layer_type(self) -> None:
         """Every slot holds a known name and every layer has one."""
         for field, registry in (("layer_types", MIXERS), ("ffn_types", FEED_FORWARDS)):
@@ -120,10 +129,11 @@ class ModularDecoderConfig(PreTrainedConfig):
             )
         if self.norm_style not in ("pre", "sandwich"):
             raise ValueError(f"norm_style is {self.norm_style!r}; choose 'pre' or 'sandwich'")
-        unknown = set(self.selective or {}) - {"selector_head", "protect_bos"}
-        if unknown:
-            raise ValueError(f"selective holds unknown keys {sorted(unknown)}; known are selector_head and protect_bos")
-        selector = (self.selective or {}).get("selector_head", 0)
+        for field, known in SETTINGS.items():
+            unknown = set(getattr(self, field) or {}) - set(known)
+            if unknown:
+                raise ValueError(f"{field} holds unknown keys {sorted(unknown)}; known are {', '.join(known)}")
+        selector = self.settings("selective")["selector_head"]
         if "selective_attention" in (self.layer_types or []) and not 0 <= selector < heads:
             raise ValueError(
                 f"selective.selector_head is {selector}; it must be one of the {heads} heads (0 to {heads - 1})"

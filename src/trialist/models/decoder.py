@@ -35,12 +35,18 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderBlock(GradientCheckpointingLayer):
-    """One mixer and one feed-forward, each in a residual branch; `norm_style` says where the norms stand."""
+    """One mixer and one feed-forward, each in a residual branch; `norm_style` says where the norms stand.
+
+    A mixer is called as `mixer(x, padding_mask=, attention_mask=, position_embeddings=, position_ids=, past_key_values=)`
+    and returns a tuple whose first element is the output; a feed-forward as `ffn(x, padding_mask=)`. Both name in
+    `residual_output` the linear layer that writes to the residual stream, or None, and may carry
+    `draw_initial_weights()` for parameters that no rule of transformers covers.
+    """
 
     def __init__(self, config: ModularDecoderConfig, layer_idx: int) -> None:
         super().__init__()
@@ -57,13 +63,15 @@ class DecoderBlock(GradientCheckpointingLayer):
         self.mixer = resolve(MIXERS, config.layer_types[layer_idx])(config, layer_idx)
         self.ffn = resolve(FEED_FORWARDS, config.ffn_types[layer_idx])(config, layer_idx)
         for branch in (self.mixer, self.ffn):
-            getattr(branch, branch.residual_output).is_residual_output = True  # where its initial weights are drawn
+            if branch.residual_output is not None:  # read where the initial weights are drawn
+                getattr(branch, branch.residual_output).is_residual_output = True
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), **kwargs)[0]
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """`(B, T, hidden_size)`; padding_mask: bool `(B, T)`, False at padding, None where there is none."""
+        x = x + self.mixer(self.mixer_norm(x), padding_mask=padding_mask, **kwargs)[0]
         if self.sandwich:
             x = self.mixer_stream_norm(x)
-        x = x + self.ffn(self.ffn_norm(x))
+        x = x + self.ffn(self.ffn_norm(x), padding_mask=padding_mask)
         return self.ffn_stream_norm(x) if self.sandwich else x
 
 
@@ -97,6 +105,8 @@ class ModularDecoderPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if hasattr(module, "draw_initial_weights"):
+            module.draw_initial_weights()
         if getattr(module, "is_residual_output", False):
             # as in GPT-2: with the plain rule the sum of the branches drowns the token's own embedding at the start, the
             # more so the more heads there are, and a wide attention learns late for no reason of its own
@@ -116,6 +126,7 @@ class ModularDecoderModel(ModularDecoderPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = resolve(DEPTHS, config.depth)(config)
+        self.attends = any(isinstance(module, FullAttention) for module in self.layers.modules())
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -142,9 +153,13 @@ class ModularDecoderModel(ModularDecoderPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
+        padding_mask = None  # a single token is decoded, and is never padding
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and x.shape[1] > 1:
+            padding_mask = attention_mask[:, -x.shape[1] :].bool()
+        mask = None
         if isinstance(attention_mask, dict):  # `generate` builds the masks itself where it compiles the decoding step
             mask = next(iter(attention_mask.values()))
-        else:
+        elif self.attends:
             mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=x,
@@ -155,6 +170,7 @@ class ModularDecoderModel(ModularDecoderPreTrainedModel):
         x = self.layers(
             x,
             attention_mask=mask,
+            padding_mask=padding_mask,
             position_embeddings=self.rotary_emb(x, position_ids=position_ids),
             position_ids=position_ids,
             past_key_values=past_key_values,

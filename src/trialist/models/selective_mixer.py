@@ -160,9 +160,9 @@ class SelectiveAttention(FullAttention):
 
     def __init__(self, config: ModularDecoderConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        settings = config.selective or {}
-        self.selector_head = settings.get("selector_head", 0)
-        self.protect_bos = settings.get("protect_bos", True)
+        settings = config.settings("selective")
+        self.selector_head = settings["selector_head"]
+        self.protect_bos = settings["protect_bos"]
 
     def attend(
         self,

@@ -103,44 +103,67 @@ def arm_model(
     heads: int,
     length: int,
 ) -> PreTrainedModel:
-    """A fresh decoder, or the given model with the arm's attention; initial weights depend on seed and parameter name only."""
+    """A fresh decoder, or the given model, with the arm's attention."""
+    selective = arm["attention"] == "selective"
+    if model != BUILT_IN:
+        return given_model(context, model, device=device, lora=lora, adapt=selective_in_place if selective else None)
+    return new_decoder(
+        context,
+        device=device,
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads * arm["heads"],
+        head_dim=width // heads,
+        layer_types=["selective_attention" if selective else "full_attention"] * layers,
+        max_position_embeddings=length,
+    )
+
+
+def new_decoder(context: Context, *, device: str, hidden_size: int, **architecture: Any) -> PreTrainedModel:
+    """A decoder to be trained from scratch; its initial weights depend on seed and parameter name only.
+
+    architecture: further fields of `ModularDecoderConfig`.
+    """
+    from trialist.models.configuration import ModularDecoderConfig
+    from trialist.models.decoder import ModularDecoderForCausalLM
+    from trialist.models.initialization import initialize_
+
+    defaults = {
+        "intermediate_size": -(-8 * hidden_size // 3 // 8) * 8,
+        # small models learn late, or not at all, from the usual 0.02 everywhere, and standard attention suffers most
+        "initializer_range": hidden_size**-0.5,
+        "embedding_initializer_range": 1.0,
+        "tie_word_embeddings": False,
+    }
+    built = ModularDecoderForCausalLM(ModularDecoderConfig(hidden_size=hidden_size, **{**defaults, **architecture}))
+    initialize_(built, context.stream("init"))
+    return built.to(resolve_device(device))
+
+
+def given_model(
+    context: Context, model: str, *, device: str, lora: int, adapt: Callable[[PreTrainedModel], object] | None = None
+) -> PreTrainedModel:
+    """The user's model, changed in place by `adapt`, with LoRA adapters of rank `lora` where that is not 0."""
     import torch
 
-    selective = arm["attention"] == "selective"
-    if model == BUILT_IN:
-        from trialist.models.configuration import ModularDecoderConfig
-        from trialist.models.decoder import ModularDecoderForCausalLM
-        from trialist.models.initialization import initialize_
-
-        config = ModularDecoderConfig(
-            vocab_size=vocab_size,
-            hidden_size=width,
-            intermediate_size=-(-8 * width // 3 // 8) * 8,
-            num_hidden_layers=layers,
-            num_attention_heads=heads * arm["heads"],
-            head_dim=width // heads,
-            layer_types=["selective_attention" if selective else "full_attention"] * layers,
-            max_position_embeddings=length,
-            # small models learn late, or not at all, from the usual 0.02 everywhere, and standard attention suffers most
-            initializer_range=width**-0.5,
-            embedding_initializer_range=1.0,
-            tie_word_embeddings=False,
-        )
-        built = ModularDecoderForCausalLM(config)
-        initialize_(built, context.stream("init"))
-        return built.to(resolve_device(device))
     from trialist.models.loading import load_model
-    from trialist.models.selective_attention import enable_selective_attention
 
     loaded = load_model(model, device=resolve_device(device))
-    if selective:
-        enable_selective_attention(loaded)
+    if adapt is not None:
+        adapt(loaded)
     if lora:
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(context.stream("init"))
         loaded = get_peft_model(loaded, LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear"))
     return loaded
+
+
+def selective_in_place(model: PreTrainedModel) -> None:
+    from trialist.models.selective_attention import enable_selective_attention
+
+    enable_selective_attention(model)
 
 
 def train(
@@ -154,10 +177,13 @@ def train(
     evaluate: Callable[[nn.Module], Mapping[str, float]],
     evaluations: int,
     tokenizer: Any = None,
+    objective: Callable[..., Any] | None = None,
+    optimizer: Any = None,
 ) -> tuple[Outcome, Mapping[str, float]]:
     """Trains under a budget of steps; returns an outcome without metrics, and what `evaluate` said at the end.
 
     A checkpoint in the run's folder lets an interrupted run go on. evaluations: points on the learning curves.
+    objective: None is cross entropy. optimizer: None is AdamW with `learning_rate`.
     """
     from trialist.objectives import CrossEntropy
     from trialist.optimizers import adamw
@@ -173,8 +199,8 @@ def train(
     result = fit(
         model,
         batches,
-        CrossEntropy(),
-        adamw(model, learning_rate),
+        objective or CrossEntropy(),
+        optimizer or adamw(model, learning_rate),
         Schedule("cosine", warmup=max(1, steps // 20)),
         {"steps": steps},
         evaluate=remember,
