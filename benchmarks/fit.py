@@ -12,31 +12,22 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments, get_scheduler
+from transformers import LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments, get_scheduler
 
+from benchmarks.models import WIDTH, small_llama
 from benchmarks.timer import Limit, Row, compare
 from trialist.models.flops import flops_per_token
 from trialist.objectives import CrossEntropy
 from trialist.optimizers import adamw
 from trialist.training import fit
 
-VOCABULARY, WIDTH, ROWS, LENGTH, ACCUMULATE, STEPS = 4096, 128, 8, 128, 2, 5
+VOCABULARY, ROWS, LENGTH, ACCUMULATE, STEPS = 4096, 8, 128, 2, 5
 CLIP, RATE = 1.0, 1e-3
 Batch = dict[str, Tensor]
 
 
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=344,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
+    return small_llama(VOCABULARY, LENGTH)
 
 
 def batches(prompt: int) -> Callable[[int], Batch]:

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainingArguments, get_scheduler
+from transformers import LlamaForCausalLM, PrinterCallback, TrainingArguments, get_scheduler
 
+from benchmarks.models import WIDTH, small_llama
 from benchmarks.timer import Limit, Row, compare
 from trialist.data.collation import pack_rows, stack_or_pad
 from trialist.data.packing import pack_whole
@@ -33,25 +34,14 @@ from trialist.objectives import CrossEntropy
 from trialist.optimizers import adamw
 from trialist.training import ObjectiveTrainer
 
-VOCABULARY, WIDTH, LONGEST, STEPS, RATE = 8192, 128, 512, 3, 1e-3
+VOCABULARY, LONGEST, STEPS, RATE = 8192, 512, 3, 1e-3
 EXAMPLES, PACKED_ROWS = 8, 4  # in a batch
 REPEATS = 20
 Example = dict[str, Any]
 
 
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=344,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=LONGEST,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
+    return small_llama(VOCABULARY, LONGEST)
 
 
 def examples(count: int) -> list[Example]:

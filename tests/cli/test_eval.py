@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 
 from tests.cli.test_cli import call
@@ -54,6 +59,7 @@ def test_an_evaluation_is_stored_by_item_not_run_twice_and_compared(here, capsys
     assert {row["id"] for row in listed} == {one["run"], again["run"], two["run"]}
     assert {(row["trial"], row["status"]) for row in listed} == {("eval", "done")}
 
+    assert "stand alone and have no verdict" in " ".join(call(capsys, "report", "eval")[2].split())
     code, out, err = call(capsys, "compare", one["run"][:7], two["run"], "--margin", "0.05", "--json")
     assert code == 0, err
     result = json.loads(out)
@@ -78,12 +84,50 @@ def test_a_benchmark_of_lm_eval_runs_offline_with_its_clusters(here, capsys):
     assert "the model's context is 64" in " ".join(err.split())
 
 
+@pytest.mark.slow
+def test_an_evaluation_killed_half_way_is_done_again_and_leaves_no_folder(here, capsys, tmp_path):
+    text = tmp_path / "long.txt"
+    text.write_text("\n\n".join(f"line {at} of a text that takes a while " * 60 for at in range(400)))
+    command = [sys.executable, "-m", "trialist", "eval", f"text:{text}", "--model", str(here / "one"), "--batch", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    runs = tmp_path / ".trialist" / "runs"
+    deadline = time.monotonic() + 120
+    while not (runs.is_dir() and any(runs.iterdir())):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    left = psutil.Process()  # a worker ends when its parent is gone, and with it the last member of the session
+    while any(p.is_running() and p.pid != left.pid and _session(p.pid) == process.pid for p in psutil.process_iter()):
+        assert time.monotonic() < deadline + 30
+        time.sleep(0.05)
+    (run,) = json.loads(call(capsys, "runs", "--json")[1])
+    assert run["status"] == "running"
+    (runs / run["id"]).mkdir(exist_ok=True)
+    result = evaluate(capsys, here, "one", f"text:{text}", "--batch", "1")
+    assert result["run"] == run["id"]
+    assert [row["status"] for row in json.loads(call(capsys, "runs", "--json")[1])] == ["done"]
+    assert not any(runs.iterdir())
+    (runs / run["id"]).mkdir()  # as a kill between the end of the run and the removal of its folder would leave it
+    evaluate(capsys, here, "one", f"text:{text}", "--batch", "1")
+    assert not any(runs.iterdir())
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except (ProcessLookupError, PermissionError):
+        return None
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("hellaswga", "--model", "x"), "Did you mean 'hellaswag'"),
         (("hellaswag",), "which model?"),
         (("text", "--model", "one"), "which text?"),
+        (("hellaswag", "--chat", "--model", "{here}/one"), "--chat goes with benchmarks whose answers are written"),
         (("text:none.txt", "--model", "one"), "no such file"),
         (("text:{here}/own.jsonl", "--model", "./nowhere"), "does not exist"),
         (("text:{here}/own.jsonl", "--model", "{here}/one", "--batch", "0"), "--batch must be at least 1"),

@@ -38,7 +38,7 @@ def heads(scores: tuple[float, ...], ids: tuple[str, ...] = IDS, clusters=None, 
 def test_two_runs_are_paired_by_item_whatever_their_order(store):
     store("aa1", heads(BEFORE))
     path = store("bb2", heads(AFTER[::-1], IDS[::-1]))
-    result = compare_runs(path, "aa", "bb2", margin=0.1)
+    result = compare_runs(path, "aa1", "bb2", margin=0.1)
     expected = stats.ttest_rel(AFTER, BEFORE).confidence_interval(0.95)
     assert result["effect"] == pytest.approx(sum(y - x for x, y in zip(BEFORE, AFTER)) / 5)
     assert (result["low"], result["high"]) == pytest.approx((expected.low, expected.high))
@@ -46,7 +46,7 @@ def test_two_runs_are_paired_by_item_whatever_their_order(store):
     assert result["flips"]["lost"] == [{"id": "b", "a": 0.5, "b": 0.45}]
     assert result["metric"] == "heads"
     assert result["verdict"] == "inconclusive"
-    assert compare_runs(path, "aa", "bb2", better="lower")["effect"] == pytest.approx(-result["effect"])
+    assert compare_runs(path, "aa1", "bb2", better="lower")["effect"] == pytest.approx(-result["effect"])
 
 
 def test_the_clusters_of_the_items_are_kept(store):
@@ -80,6 +80,8 @@ def test_what_cannot_be_compared_is_refused_in_words(store):
         compare_runs(path, "aa1", "ee5")
     with pytest.raises(ValueError, match=r"no run 'zz'"):
         compare_runs(path, "aa1", "zz")
+    with pytest.raises(ValueError, match=r"run 'd': give at least 4 characters of the id"):
+        compare_runs(path, "aa1", "d")
     with pytest.raises(ValueError, match=r"no metric 'acc' per item in both runs"):
         compare_runs(path, "aa1", "ff6", metric="acc")
     with pytest.raises(ValueError, match=r"which direction of 'own' is better"):

@@ -160,6 +160,31 @@ def test_generated_answers_are_judged_item_by_item(benchmarks, scored_model, mon
         assert result.scores[metric] == (0.0, 1.0, 0.0, 1.0, 0.0), metric
 
 
+def test_chat_shows_every_example_as_a_turn_of_its_own(benchmarks, scored_model, monkeypatch):
+    from trialist.evaluation.harness_model import HarnessModel
+
+    model, tokenizer = scored_model
+    prompts = []
+
+    def noted(self, requests, **_):
+        prompts.extend(request.args[0] for request in requests)
+        return [""] * len(requests)
+
+    monkeypatch.setattr(HarnessModel, "generate_until", noted)
+    with pytest.raises(ValueError, match="has no chat template"):
+        Harness("math500", shots=1, limit=1, chat=True)(model, tokenizer)
+    template = (
+        "{% for m in messages %}[[{{ m.role }}]]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[[bot]]{% endif %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    result = Harness("math500", shots=1, limit=1, chat=True)(model, tokenizer)
+    asked = PUBLISHED["math500"].rows()["test"][0]["problem"]
+    (prompt,) = prompts
+    assert [part.split("]]")[0] for part in prompt.split("[[")[1:]] == ["user", "assistant", "user", "bot"]
+    assert prompt.endswith(f"[[user]]Problem:\n{asked}\n\nSolution:[[bot]]")
+    assert result.notes[0].endswith("through the chat template")
+
+
 def test_generation_reads_the_prompt_of_the_task_file_and_stops_where_it_says(benchmarks, scored_model, monkeypatch):
     model, tokenizer = scored_model
     monkeypatch.setattr("trialist.evaluation.harness.TO_GENERATE", 5)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from trialist.models import (
@@ -74,6 +75,18 @@ def test_what_is_missing_is_named(function, decoder, tmp_path) -> None:
         function(str(tmp_path / "config.json"))
     with pytest.raises(ValueError, match="no such model or cannot be reached"):
         function("nobody/nothing-here")
+
+
+def test_a_folder_that_lacks_weights_is_refused_with_their_names(decoder, tmp_path) -> None:
+    decoder().save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["model.layers.1.mixer.q_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"lacks 1 of the weights .*: model\.layers\.1\.mixer\.q_proj\.weight; they would"
+    ):
+        load_model(str(tmp_path))
 
 
 def test_unknown_precision_is_refused(tmp_path) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from trialist.cli._arguments import console, ledger_path, parse, print_json
+from trialist.trials._evaluation import NAME, OPTIONS, PATH, EvaluationOptions, ModelEvaluation
 
 USER_ERRORS = ("ValueError: ", "FileNotFoundError: ", "ImportError: ")
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(EvaluationOptions):
     """Score a model on benchmarks: bits per byte of any text, BLiMP, and standard benchmarks through lm-eval. Without names,
     list them. `trialist compare RUN RUN` compares two evaluations by item."""
 
@@ -22,24 +23,6 @@ class Options:
     """Benchmarks, also separated by commas: hellaswag, text:FILE, blimp:FOLDER"""
     model: str | None = None
     """Hub id, local folder or asset of a causal language model"""
-    data: str | None = None
-    """Data of `text` and `blimp`: local file or folder, Hub id or built-in name"""
-    split: str | None = None
-    """Split of the data of `text`"""
-    columns: str | None = None
-    """Column of the data that holds the text, text=NAME"""
-    shots: int | None = None
-    """Few-shot examples of an lm-eval benchmark; without it those of its published setting"""
-    limit: int | None = None
-    """Most items of each benchmark (of each paradigm of BLiMP, each subject of MMLU), the first ones"""
-    length: int | None = None
-    """Tokens in a window of `text`; without it the model's context, at most 1024"""
-    batch: int = 16
-    """Sequences in a forward pass"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
-    dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = "float32"
-    """Numbers that the model computes in; auto is the saved one"""
     seed: int = 0
     """Draws few-shot examples where they are drawn"""
     again: bool = False
@@ -63,13 +46,11 @@ def main(arguments: Sequence[str]) -> int:
     from trialist.engine.api import command_line
     from trialist.engine.display import Display
     from trialist.evaluation.registry import options_for
-    from trialist.trials._evaluation import NAME, OPTIONS, PATH, ModelEvaluation
 
     given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
+    loading = {name: getattr(options, name) for name in ("batch", "device", "dtype")}
     trials = [
-        ModelEvaluation(
-            model=options.model, benchmark=name, batch=options.batch, device=options.device, dtype=options.dtype, **own
-        )
+        ModelEvaluation(model=options.model, benchmark=name, **loading, **own)
         for name, own in options_for(names, given).items()
     ]
     records = run_alone(

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from trialist.cli._arguments import console, ledger_path, parse
-from trialist.engine.registry import unknown
+from trialist.engine.registry import trial_paths, unknown
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ def main(arguments: Sequence[str]) -> int:
     if options.name is not None:
         if not stored:
             raise ValueError(unknown("stored trial", options.name, known, "`trialist run NAME` runs one"))
+        if not summaries and options.name not in trial_paths():
+            raise ValueError(
+                f"the runs of {options.name} stand alone and have no verdict: `trialist runs --trial {options.name}` lists "
+                "them, `trialist compare RUN RUN` compares two"
+            )
         if not summaries:
             raise ValueError(f"{options.name} has no verdict yet; `trialist run {options.name}` goes on with it")
         text, stem = render(summaries[0], options.format), f"{summaries[0]['trial']}-{summaries[0]['preset']}"

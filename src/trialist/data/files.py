@@ -39,12 +39,17 @@ def read_text(file: Path) -> str:
         content = gzip.decompress(file.read_bytes()) if file.name.endswith(".gz") else file.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file} ends in .gz but is not a whole gzip file: {error}") from error
+    return decode(content, str(file))
+
+
+def decode(content: bytes, name: str) -> str:
+    """UTF-8 as text. name: what the content is called in errors."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{file}: byte {error.start} (line {line}) is not UTF-8: 0x{content[error.start]:02x}; "
+            f"{name}: byte {error.start} (line {line}) is not UTF-8: 0x{content[error.start]:02x}; "
             f"convert the file, for example with `iconv -f latin1 -t utf-8`"
         ) from error
 
@@ -82,29 +87,38 @@ def _cut_points(text: str, piece: int, longest: int) -> Iterator[int]:
 def json_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
     """(place, row) of JSON Lines (`line 17`, counted from 1) or of a JSON array of objects (`row 17`)."""
     text = read_text(file)
-    rows: list[tuple[str, Any]] = []
     if suffix_of(file) == ".json" and text.lstrip().startswith("["):
         try:
             rows = [(f"row {number}", row) for number, row in enumerate(json.loads(text), start=1)]
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} line {error.lineno}: not valid JSON: {error.msg}") from error
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}: JSON that cannot be read: {error}") from error
-    else:
-        for number, line in enumerate(text.split("\n"), start=1):
-            try:
-                if line.strip():
-                    rows.append((f"line {number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{file} line {number}: not valid JSON: {error.msg} at column {error.colno}; "
-                    "one JSON object a line is expected"
-                ) from error
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file} line {number}: JSON that cannot be read: {error}") from error
+        return _objects(rows, str(file))
+    return json_lines(text, str(file))
+
+
+def json_lines(text: str, name: str) -> list[tuple[str, dict[str, Any]]]:
+    """(`line 17`, row) of every line that is not blank. name: what the text is called in errors."""
+    rows: list[tuple[str, Any]] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            if line.strip():
+                rows.append((f"line {number}", json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{name} line {number}: not valid JSON: {error.msg} at column {error.colno}; "
+                "one JSON object a line is expected"
+            ) from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
+            raise ValueError(f"{name} line {number}: JSON that cannot be read: {error}") from error
+    return _objects(rows, name)
+
+
+def _objects(rows: list[tuple[str, Any]], name: str) -> list[tuple[str, dict[str, Any]]]:
     for place, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"{file} {place}: a JSON object is expected, not {type(row).__name__}")
+            raise ValueError(f"{name} {place}: a JSON object is expected, not {type(row).__name__}")
     return rows
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from trialist.engine.backends import LocalProcesses
 from trialist.engine.contract import Arm, Trial
 from trialist.engine.display import Display
-from trialist.engine.execute import execute
+from trialist.engine.execute import execute, remove_leftovers
 from trialist.engine.hardware import accelerators, cores, resolve_device
 from trialist.engine.identity import digest, inputs_by_content, inputs_of, run_identity, source_digest
 from trialist.engine.ledger import Ledger
@@ -57,6 +57,7 @@ def run_alone(
             planned.append(run)
         answers = ledger.enqueue(planned, retry=True)
         statuses = ledger.statuses(list(answers.values()))
+        remove_leftovers(ledger_path.parent / "runs" / row for row, status in statuses.items() if status in FINISHED)
         with display or Display() as shown:
             shown.add(planned, answers, statuses, 1, name)
             for trial, run in zip(trials, planned):

@@ -25,6 +25,8 @@ from trialist.engine.database import Database, LedgerError, refuse_network_file_
 from trialist.engine.records import Configuration, PlannedRun, RunRecord, outcome_from_json, outcome_to_json
 
 SCHEMA = 1
+PREFIX = 4
+"""Characters of a run's id that a user must give at least"""
 LEASE_SECONDS = 60.0
 """A claim of another machine that is not renewed for this long is taken over"""
 OPENING_SECONDS = 60.0
@@ -335,12 +337,14 @@ class Ledger:
             return [dict(row) for row in connection.execute(query).mappings()]
 
     def row(self, run: str) -> dict[str, Any]:
-        """One row by its id or the beginning of it. Raises ValueError where none or several match."""
+        """One row by its id or at least 4 characters of its beginning. Raises ValueError where none or several match."""
         query = sa.select(*_runs.c).where(_runs.c.id.startswith(run, autoescape=True)).limit(3)
         with self._transaction() as connection:
             rows = [dict(row) for row in connection.execute(query).mappings()]
         if not rows:
             raise ValueError(f"no run {run!r} in {self.path}; `trialist runs` lists them")
+        if len(run) < PREFIX and run != rows[0]["id"]:
+            raise ValueError(f"run {run!r}: give at least {PREFIX} characters of the id; `trialist runs` lists them")
         if len(rows) > 1:
             raise ValueError(
                 f"several runs begin with {run!r}: {', '.join(row['id'] for row in rows)}; give more of the id"

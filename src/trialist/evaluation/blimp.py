@@ -6,15 +6,16 @@ Source: Warstadt et al. 2020 (arXiv:1912.00582): full-sentence log-probabilities
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from trialist.data.files import decode, json_lines, json_rows
 from trialist.evaluation.results import (
     Evaluated,
     Evaluation,
@@ -181,35 +182,17 @@ def _local_rows(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
         raise ValueError(f"{path} holds neither a .jsonl nor a .zip file")
     for file in files:
         if file.suffix == ".jsonl":
-            with open(file, encoding="utf-8") as lines:
-                yield from _rows(str(file), file.stem, lines)
+            yield from ((f"{file} {place}", file.stem, row) for place, row in json_rows(file))
             continue
         try:
             with zipfile.ZipFile(file) as archive:
                 for name in sorted(archive.namelist()):
                     if name.endswith(".jsonl") and not name.startswith("__MACOSX"):
-                        with archive.open(name) as inside:
-                            yield from _rows(
-                                f"{file}:{name}", Path(name).stem, io.TextIOWrapper(inside, encoding="utf-8")
-                            )
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{file} is not a whole zip archive: {error}") from error
-
-
-def _rows(place: str, stem: str, lines: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    try:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place} line {number}: not valid JSON: {error.msg}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{place} line {number}: a JSON object is expected, not {type(row).__name__}")
-            yield f"{place} line {number}", stem, row
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place} is not UTF-8 text (byte {error.start})") from error
+                        inside = f"{file}:{name}"
+                        rows = json_lines(decode(archive.read(name), inside), inside)
+                        yield from ((f"{inside} {place}", Path(name).stem, row) for place, row in rows)
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"{file} is not a whole zip archive that can be read: {error}") from error
 
 
 def _hub_rows(data: str) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -42,6 +42,8 @@ class Harness(Evaluation):
     """Few-shot examples; without it those of the published setting"""
     limit: int | None = None
     """Most items of each task (MMLU: of each subject), the first ones of the data"""
+    chat: bool | None = None
+    """Ask through the tokenizer's chat template, each few-shot example as a turn of its own"""
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -63,6 +65,17 @@ class Harness(Evaluation):
         for name, task in published(self.task).items():
             if self.shots and self.shots > (most := _examples(name, task)):
                 raise ValueError(f"--shots {self.shots}: {name} has {most} examples, {task.shots_from}")
+
+        if self.chat and not self.generates:
+            raise ValueError(
+                f"--chat goes with benchmarks whose answers are written (gsm8k, math500); {self.task} compares the "
+                "log-probabilities of given texts, which a chat template would move apart from its published scores"
+            )
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model writes its answers, which are then judged."""
+        return all(task.judged for task in published(self.task).values())
 
     def digest(self) -> str:
         import importlib.metadata
@@ -118,6 +131,8 @@ class Harness(Evaluation):
     ) -> Evaluated:  # fmt: skip
         from trialist.evaluation.answers import Judge
 
+        if self.chat and not tokenizer.chat_template:
+            raise ValueError("--chat: the tokenizer of this model has no chat template")
         with quiet(), Judge() as judge:
             from lm_eval.evaluator import evaluate
 
@@ -127,7 +142,7 @@ class Harness(Evaluation):
             tasks = self.tasks(seed, judge)
             results: Any = evaluate(
                 scorer, {"tasks": tasks, "groups": {}, "group_map": {}}, limit=self.limit, bootstrap_iters=0,
-                log_samples=True,
+                log_samples=True, apply_chat_template=bool(self.chat), fewshot_as_multiturn=bool(self.chat),
             )  # fmt: skip
             parts = {
                 name: _scores(task, results["samples"][name], judge) for name, task in published(self.task).items()
@@ -139,7 +154,9 @@ class Harness(Evaluation):
         task = next(iter(published(self.task).values()))
         shots = task.shots if self.shots is None else self.shots
         setting = f"lm-eval's task file {task.file}, {shots} shots"
-        return (setting + (f" from {task.shots_from}" if shots else ""),)
+        if shots:
+            setting += f" from {task.shots_from}"
+        return (setting + (", through the chat template" if self.chat else ""),)
 
 
 def _examples(name: str, task: Published) -> int:

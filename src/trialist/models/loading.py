@@ -25,20 +25,28 @@ def load_model(model: str, *, dtype: str = "float32", device: str = "cpu") -> Pr
     """A causal language model in evaluation mode from a Hub id, a local folder or a built-in asset name.
 
     Selective attention that was enabled when a model was saved is enabled again. dtype is one of `DTYPES`; "auto" is
-    the saved one. Raises ValueError that says what is missing: no such folder, no config or weights in it, unknown Hub
-    id, or a Hub that cannot be reached; FileNotFoundError for an asset that was not fetched yet.
+    the saved one. Raises ValueError that says what is missing: no such folder, no config or weights in it, weights missing, unknown
+    Hub id, or a Hub that cannot be reached; FileNotFoundError for an asset that was not fetched yet.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     source = model_source(model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
+        )
     except OSError as error:
         raise ValueError(_unreachable(model, error)) from error
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise ValueError(_damaged(model, error)) from error
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"model {model!r} lacks {len(missing)} of the weights of a {type(loaded).__name__}: {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}; they would be drawn at random. Its files may be incomplete, or it is "
+            "no causal language model"
+        )
     settings = getattr(loaded.config, "selective_attention", None)
     if isinstance(settings, dict):
         del loaded.config.selective_attention

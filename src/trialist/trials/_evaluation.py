@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from trialist.engine.context import Context
 from trialist.engine.contract import Arm, Cost, Endpoint, Items, Outcome, Trial
@@ -20,12 +20,38 @@ if TYPE_CHECKING:
 
 NAME = "eval"
 PATH = "trialist.trials._evaluation:ModelEvaluation"
-OPTIONS = ("data", "split", "columns", "shots", "limit", "length")
+OPTIONS = ("data", "split", "columns", "shots", "chat", "limit", "length")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 
 
-@dataclass(frozen=True)
-class ModelEvaluation(Trial):
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """How a model is loaded, and what the benchmarks are told; an option that is None is left to the benchmark."""
+
+    data: str | None = None
+    """Data of `text` and `blimp`: local file or folder, Hub id or built-in name"""
+    split: str | None = None
+    """Split of the data of `text`"""
+    columns: str | None = None
+    """Column of the data that holds the text, text=NAME"""
+    shots: int | None = None
+    """Few-shot examples of an lm-eval benchmark; without it those of its published setting"""
+    chat: bool | None = None
+    """Ask through the tokenizer's chat template where the model writes its answers (gsm8k, math500)"""
+    limit: int | None = None
+    """Most items of each benchmark (of each paradigm of BLiMP, each subject of MMLU), the first ones"""
+    length: int | None = None
+    """Tokens in a window of `text`; without it the model's context, at most 1024"""
+    batch: int = 16
+    """Sequences in a forward pass"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = "float32"
+    """Numbers that the model computes in; auto is the saved one"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEvaluation(EvaluationOptions, Trial):
     """Scores of one model on one benchmark, item by item. Two of them are compared by `trialist compare RUN RUN`."""
 
     version = 1
@@ -34,15 +60,6 @@ class ModelEvaluation(Trial):
 
     model: str
     benchmark: str
-    data: str | None = None
-    split: str | None = None
-    columns: str | None = None
-    shots: int | None = None
-    limit: int | None = None
-    length: int | None = None
-    batch: int = 16
-    device: str = "auto"
-    dtype: str = "float32"
 
     @property
     def evaluation(self) -> Evaluation:
