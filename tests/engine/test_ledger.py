@@ -218,9 +218,11 @@ def test_a_network_file_system_is_refused_with_its_name(tmp_path, monkeypatch):
 
 
 def test_ids_may_be_shortened_while_they_are_unique(ledger):
-    ledger.enqueue([planned(0), planned(1)])
+    ledger.enqueue([planned(0), planned(10), planned(11)])
     assert ledger.row("s1-0")["seed"] == 0
     with pytest.raises(ValueError, match="several runs"):
+        ledger.row("s1-1")
+    with pytest.raises(ValueError, match="give at least 4 characters"):
         ledger.row("s1-")
     with pytest.raises(ValueError, match="no run 'zz'"):
         ledger.row("zz")
