@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from trialist.cli.main import main
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -22,6 +24,11 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "example", module)
     for source in EXAMPLE.findall(page.read_text()):
         exec(compile(source, str(page), "exec"), module.__dict__)
+
+
+def test_page_picture_and_listing_say_what_the_evidence_files_say(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["evidence", "--check", "--index", "src/trialist/trials/measured.json"]) == 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

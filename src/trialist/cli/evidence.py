@@ -16,19 +16,25 @@ class Options:
     """Folder of TRIAL/NAME.json files"""
     output: str = "EVIDENCE.md"
     """Page to write; the picture goes to FOLDER/evidence.svg"""
+    index: str | None = None
+    """Also write here, as JSON, the line that `trialist list` shows of each result: for a package that brings trials"""
     check: bool = False
-    """Write nothing; exit with 1 when page or picture differ from what the files say"""
+    """Write nothing; exit with 1 when what is written differs from what the files say"""
 
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(Options, "evidence", arguments)
+    import json
     from pathlib import Path
 
-    from trialist.engine.evidence import render_evidence
+    from trialist.engine.evidence import load_evidence, measured, render_evidence
     from trialist.engine.home import write_atomic
 
     page, picture = render_evidence(Path(options.folder))
     targets = {Path(options.output): page, Path(options.folder) / "evidence.svg": picture}
+    if options.index is not None:
+        lines = measured(load_evidence(options.folder))
+        targets[Path(options.index)] = json.dumps(lines, indent=1, ensure_ascii=False) + "\n"
     if options.check:
         stale = [str(target) for target, text in targets.items() if not target.is_file() or target.read_text() != text]
         if stale:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,21 @@ from trialist.engine.registry import load_path, trial_paths
 
 @dataclass(frozen=True)
 class Options:
-    """The trials: claims, and what was measured (from evidence/ below the current folder)."""
+    """The trials: their claims, and what was measured."""
 
     json: bool = False
     """Print JSON"""
     evidence: str = "evidence"
-    """Folder of evidence files"""
+    """Folder of your own evidence files, shown beside what comes with trialist"""
 
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(Options, "list", arguments)
+    known = packaged()
+    if Path(options.evidence).is_dir():
+        from trialist.engine.evidence import load_evidence, measured
+
+        known |= measured(load_evidence(options.evidence))
     rows: list[dict[str, Any]] = []
     for name, path in trial_paths().items():
         trial = load_path(path)
@@ -33,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
                 "claim": trial.claim.statement,
                 "source": trial.claim.source,
                 "presets": list(trial.presets),
-                "verdicts": measured(Path(options.evidence) / name),
+                "verdicts": known.get(name, {}),
             }
         )
     if options.json:
@@ -42,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("trial", "claim", "source", "measured here"):
+    for column in ("trial", "claim", "source", "measured"):
         table.add_column(column, overflow="fold")
     for row in rows:
         words = ", ".join(f"{preset}: {word}" for preset, word in row["verdicts"].items()) or "not yet"
@@ -51,12 +57,6 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def measured(folder: Path) -> dict[str, str]:
-    """Preset -> verdict of the evidence files in a folder. Raises ValueError for one that is damaged."""
-    words = {}
-    for file in sorted(folder.glob("*.json")):
-        try:
-            words[file.stem] = str(json.loads(file.read_text())["verdict"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no evidence file ({type(error).__name__}: {error}); write it again") from error
-    return words
+def packaged() -> dict[str, dict[str, str]]:
+    """What was measured of the trials that come with trialist: trial -> name -> verdict with its effect."""
+    return json.loads(resources.files("trialist.trials").joinpath("measured.json").read_text(encoding="utf-8"))

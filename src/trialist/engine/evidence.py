@@ -61,6 +61,15 @@ def render_evidence(folder: str | Path) -> tuple[str, str]:
     return page.strip() + "\n", picture
 
 
+def measured(documents: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """Trial -> name of the evidence file -> verdict with its effect, on one line, as `trialist list` shows it."""
+    found: dict[str, dict[str, str]] = {}
+    for row in map(_row, documents):
+        text = f"{row['verdict']}, {row['effect']}" if row["n"] else row["verdict"]
+        found.setdefault(row["trial"], {})[row["name"]] = text
+    return {trial: dict(sorted(entries.items())) for trial, entries in sorted(found.items())}
+
+
 def _row(document: Mapping[str, Any]) -> dict[str, Any]:
     none = {"effect": None, "control": "", "n": 0, "reason": document["reason"]}
     effect = wording.weakest(document["effects"]) or none
