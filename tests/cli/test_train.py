@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from trialist.cli import train as verb
+from trialist.cli._entries import load_entry
 from trialist.cli.main import main
-from trialist.training.recipes import RECIPES, load_recipe
+from trialist.training.recipes import RECIPES
 
 LOOKING_AROUND = """
 import sys
@@ -50,7 +50,7 @@ def test_help_shows_every_option_with_a_sentence_and_its_default(capsys, name):
     code, out, _ = call(capsys, "train", name, "--help")
     assert code == 0
     words = " ".join(out.replace("│", " ").split())
-    for field in dataclasses.fields(load_recipe(name)):
+    for field in dataclasses.fields(load_entry(RECIPES[name])):
         option = f"--{field.name.replace('_', '-')}"
         option = f"--no-{field.name}" if field.default is True else option
         assert option in words
@@ -75,8 +75,7 @@ class Echo:
 
 
 def test_a_recipe_is_parsed_called_and_its_result_printed(capsys, monkeypatch):
-    monkeypatch.setitem(RECIPES, "echo", "x")
-    monkeypatch.setattr(verb, "load_recipe", lambda name: Echo)
+    monkeypatch.setitem(RECIPES, "echo", f"{__name__}:Echo")
     code, out, err = call(capsys, "train", "echo", "--text", "[ab]", "--times", "2")
     assert code == 0
     assert out == "text    [ab][ab]\nlength  4\n"
