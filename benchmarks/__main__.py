@@ -1,17 +1,19 @@
-"""`python -m benchmarks [NAME ...]`: runs the benchmark files of this folder and writes RESULTS.md beside them.
+"""`python -m benchmarks [NAME ...]`: runs the benchmark files of this folder, all or those named, and writes RESULTS.md.
 
-A file takes part by having a function `rows() -> list[Row]`. With names, only those run and RESULTS.md is not written.
+A file takes part by having a function `rows() -> list[Row]`. Each has a section of its own in RESULTS.md, with the machine it
+ran on; the sections of files that were not run stay as they are.
 """
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ import torch
 from benchmarks.timer import Row
 
 FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "RESULTS.md"
 COLUMNS = ("what", "work", "measured", "against", "ratio", "limit", "target")
 HEADER = """# Benchmarks
 
@@ -37,31 +40,37 @@ def main(names: list[str]) -> int:
     if unknown:
         print(f"no benchmark named {', '.join(unknown)}; there are: {', '.join(known)}", file=sys.stderr)
         return 2
-    sections = {}
+    stored = stored_sections(RESULTS.read_text()) if RESULTS.exists() else {}
+    kept = {title(name): stored[title(name)] for name in known if title(name) in stored}
     for name in names or known:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        sections[name] = modules[name].rows()
-    text = render(sections)
-    if names:
-        print(text)
-    else:
-        (FOLDER / "RESULTS.md").write_text(text)
-        print(FOLDER / "RESULTS.md")
+        kept[title(name)] = section(name, modules[name].rows())
+        RESULTS.write_text("\n".join([HEADER, *(kept[heading] for heading in sorted(kept))]))
+        if names:
+            print(kept[title(name)])
+    print(RESULTS)
     return 0
 
 
-def render(sections: Mapping[str, Iterable[Row]]) -> str:
-    """RESULTS.md: machine, then a table for each benchmark file, in alphabetical order."""
-    parts = [HEADER, machine()]
-    for name in sorted(sections):
-        lines = [f"## {name.replace('_', ' ').capitalize()}", "", _line(COLUMNS), _line(["---"] * len(COLUMNS))]
-        for row in sections[name]:
-            cells = [getattr(row, column) for column in COLUMNS]
-            if row.met is not None:
-                cells[-1] += ": met" if row.met else ": **missed**"
-            lines.append(_line(cells))
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
+def title(name: str) -> str:
+    return f"## {name.replace('_', ' ').capitalize()}"
+
+
+def stored_sections(text: str) -> dict[str, str]:
+    """Title -> section, of an earlier RESULTS.md."""
+    parts = re.split(r"^(?=## )", text, flags=re.MULTILINE)[1:]
+    return {part.partition("\n")[0]: part.rstrip() + "\n" for part in parts}
+
+
+def section(name: str, rows: Iterable[Row]) -> str:
+    """Title, machine, and a table with a line for each row."""
+    lines = [title(name), "", machine(), "", _line(COLUMNS), _line(["---"] * len(COLUMNS))]
+    for row in rows:
+        cells = [getattr(row, column) for column in COLUMNS]
+        if row.met is not None:
+            cells[-1] += ": met" if row.met else ": **missed**"
+        lines.append(_line(cells))
+    return "\n".join(lines) + "\n"
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -70,16 +79,17 @@ def _line(cells: Iterable[str]) -> str:
 
 def machine() -> str:
     """Processor and versions, nothing that names the computer or its user."""
-    facts = {
-        "processor": f"{_processor()}, {os.cpu_count()} cores",
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "compiler": _compiler(),
-    }
+    facts = [
+        datetime.date.today().isoformat(),
+        f"{_processor()}, {os.cpu_count()} cores",
+        f"{platform.system()} {platform.machine()}",
+        f"Python {platform.python_version()}",
+        f"torch {torch.__version__}",
+        f"compiler {_compiler()}",
+    ]
     if torch.cuda.is_available():
-        facts["accelerator"] = torch.cuda.get_device_name()
-    return "".join(f"- {name}: {fact}\n" for name, fact in facts.items())
+        facts.append(torch.cuda.get_device_name())
+    return "; ".join(facts)
 
 
 def _processor() -> str:
