@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import LlamaForCausalLM, PrinterCallback, TrainingArguments, get_scheduler
 
+from benchmarks.memory import peak_memory
 from benchmarks.models import WIDTH, small_llama
 from benchmarks.timer import Limit, Row, compare
 from trialist.data.collation import pack_rows, stack_or_pad
@@ -167,7 +164,7 @@ def rows() -> list[Row]:
             repeats=REPEATS,
             limit=limit(size, tokens, counted),
         )
-        memory = {name: peak_memory(work, name) for name in runs}
+        memory = {name: peak_memory("benchmarks.sft", work, name) for name in runs}
         for peer in list(runs)[1:]:
             row = result.row("sft", peer, at_most=1.0 if work == "same packed rows" else round(1 / 1.3, 3))
             speed = {
@@ -194,25 +191,11 @@ def limit(size: int, tokens: int, counted: int) -> Limit:
     return Limit(flops=3 * (body * tokens + head * counted), bytes=STEPS * 4 * size * 11)
 
 
-def peak_memory(work: str, name: str) -> float:
-    """Megabytes that training adds to a fresh process at its peak."""
-    command = [sys.executable, "-m", "benchmarks.sft", work, name]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return float(json.loads(output.splitlines()[-1]))
-
-
-def resident(field: str) -> float:
-    """Megabytes that this process holds (`VmRSS`) or held at most (`VmHWM`); getrusage would also count its parent's."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[field].split()[0]) / 1024
-
-
-if __name__ == "__main__":
+def measured(work: str, name: str) -> Callable[..., list[float]]:
+    """A training run, for its peak memory; what is imported and built once is no part of it."""
     import trl
 
-    run = contenders()[sys.argv[1]][sys.argv[2]]
+    assert trl
+    run = contenders()[work][name]
     model()
-    assert trl  # imported and built once: what stays is no part of training
-    before = resident("VmRSS")
-    run()
-    print(json.dumps(resident("VmHWM") - before))
+    return run

@@ -71,6 +71,27 @@ def test_an_evaluation_is_stored_by_item_not_run_twice_and_compared(here, capsys
     assert "run " + two["run"] in call(capsys, "compare", one["run"], two["run"], "--metric", "bits")[1]
 
 
+def test_num_steps_choose_how_deep_a_recurrent_model_is_evaluated(here, capsys, tmp_path):
+    from trialist.data.tokenizers import byte_tokenizer
+    from trialist.models import ModularDecoderConfig, ModularDecoderForCausalLM, initialize_
+
+    config = ModularDecoderConfig(
+        vocab_size=259, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, depth="recurrent",
+        recurrent={"mean_recurrence": 3}, initializer_range=0.5, max_position_embeddings=256,
+    )  # fmt: skip
+    model = ModularDecoderForCausalLM(config)
+    initialize_(model, 0)
+    model.save_pretrained(tmp_path / "deep")
+    byte_tokenizer().save_pretrained(tmp_path / "deep")
+    text = f"text:{here / 'own.jsonl'}"
+    options = ((), ("--num-steps", "3"), ("--num-steps", "1"))
+    found = [evaluate(capsys, tmp_path, "deep", text, *steps)["metrics"] for steps in options]
+    assert found[0] == found[1] != found[2]
+    code, _, err = call(capsys, "eval", text, "--model", str(here / "one"), "--num-steps", "2")
+    assert code != 0
+    assert "has no recurrent depth" in err
+
+
 def test_a_benchmark_of_lm_eval_runs_offline_with_its_clusters(here, capsys):
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     one = evaluate(capsys, here, "one", "lm-eval:hellaswag", "--limit", "10")

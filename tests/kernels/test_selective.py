@@ -385,3 +385,85 @@ def test_bad_arguments_are_named(change, words):
     query, key, value = draw(2, 4, 2, 6, 6, 8)
     with pytest.raises(ValueError, match=words):
         selective_attention(**({"query": query, "key": key, "value": value, "scaling": 1.0} | change))
+
+
+def remembered(query, key, mask, *, scaling, selector_head, protect, penalty, tau):
+    """M of every query from its definition, in float64."""
+    B, _, T, _ = query.shape
+    M = torch.zeros(B, T, dtype=torch.float64)
+    for i in range(T):
+        part = None if mask is None else mask[:, :, :i, : key.shape[2]]
+        F = penalty.double()
+        if i:
+            shorter = query[:, :, :i], key[:, :, : key.shape[2] - T + i]
+            width = shorter[1].shape[2]
+            part = None if part is None else part[..., :width]
+            found = selective_attention(
+                *(x.double() for x in (shorter[0], shorter[1], shorter[1])), part, scaling=scaling,
+                selector_head=selector_head, protect=protect[:, :width], penalty=penalty[:, :width], backend="reference",
+            )[1]  # fmt: skip
+            F = torch.cat([found, F[:, width:]], 1)
+        own = key.shape[2] - T + i
+        for b in range(B):
+            for j in range(own + 1):
+                seen = True if mask is None else mask[min(b, len(mask) - 1), 0, i, j]
+                if bool(seen) if mask is None or mask.dtype == torch.bool else bool(seen > -1e30):
+                    M[b, i] += 1 - min(float(F[b, j]), tau) / tau
+    return M
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", list(masks(1, 1, 1)))
+def test_memory_is_the_sum_of_what_is_not_forgotten(backend, name):
+    q, k, v = draw(2, 4, 2, 7, 9, 3)
+    mask = masks(2, 7, 9)[name]
+    protect = torch.zeros(2, 9, dtype=torch.bool)
+    protect[0, 3] = protect[1, 0] = True
+    options = {"scaling": 0.4, "selector_head": 2, "protect": protect, "penalty": torch.rand(2, 9) * 0.5, "tau": 1.3}
+    plain = selective_attention(q, k, v, mask, backend=backend, **{**options, "tau": None})
+    output, F, M = selective_attention(q, k, v, mask, backend=backend, **options)
+    assert len(plain) == 2
+    assert torch.equal(output, plain[0])
+    assert torch.equal(F, plain[1])
+    torch.testing.assert_close(M.double(), remembered(q, k, mask, **options), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_gradients_of_the_memory_equal_finite_differences(backend):
+    inputs = draw(2, 4, 2, 6, 7, 3, dtype=torch.float64)
+    mask = masks(2, 6, 7)["left padding"]
+
+    def both(*qkv):
+        output, _, M = selective_attention(*qkv, mask, scaling=0.9, selector_head=1, tau=1.5, backend=backend)
+        return output, M
+
+    assert torch.autograd.gradcheck(both, inputs)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("sizes", SIZES[1:], ids=str)
+@pytest.mark.parametrize("name", ["causal", "left padding", "additive with distances"])
+def test_gradients_of_output_and_memory_equal_those_of_the_reference(backend, sizes, name):
+    B, H, _, T, S, D = sizes
+    inputs, mask = draw(*sizes), masks(B, T, S)[name]
+    options = {"scaling": D**-0.5, "selector_head": H - 1, "penalty": torch.rand(B, S), "tau": 2.0}
+    found = []
+    for chosen in (backend, "reference"):
+        output, _, M = selective_attention(*inputs, mask, backend=chosen, **options)
+        alone = torch.autograd.grad(M.square().sum() / T, inputs[:2], retain_graph=True)
+        found.append((M, *torch.autograd.grad(output.sum() + 0.1 * M.sum(), inputs), *alone))
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_first_previous_and_own_token_are_remembered_where_everything_is_selected(backend):
+    q, k, v = (x.detach().abs() + 1.0 for x in draw(1, 2, 2, 70, 70, 4))
+    M = selective_attention(q, k, v, scaling=1.0, tau=1.0, backend=backend)[2]
+    assert M.tolist() == [[1.0, 2.0] + [3.0] * 68]
+
+
+def test_a_memory_without_a_positive_tau_is_refused():
+    q, k, v = draw(1, 2, 2, 5, 5, 4)
+    with pytest.raises(ValueError, match=r"tau is 0\.0; it must be above 0"):
+        selective_attention(q, k, v, scaling=1.0, tau=0.0)

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     from trialist.evaluation.registry import options_for
 
     given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
-    loading = {name: getattr(options, name) for name in ("batch", "device", "dtype")}
+    loading = {name: getattr(options, name) for name in ("batch", "device", "dtype", "num_steps")}
     trials = [
         ModelEvaluation(model=options.model, benchmark=name, **loading, **own)
         for name, own in options_for(names, given).items()

@@ -16,6 +16,8 @@ VERBS = {
     "plan": "what a trial would take on this machine: runs, minutes, memory, detectable effect",
     "run": "run a trial to its verdict",
     "train": "train your own model by a recipe: supervised fine-tuning",
+    "apply": "change a model's weights, or a data set: param-delta, extract-delta, decontaminate",
+    "analyze": "what a data set or models tell: contamination, param-delta",
     "runs": "the runs in the ledger, with errors; stages",
     "report": "verdicts, intervals, curves and costs as HTML, Markdown or JSON",
     "evidence": "render EVIDENCE.md and its picture from evidence/",

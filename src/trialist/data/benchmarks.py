@@ -51,6 +51,22 @@ def open_benchmark(name: str) -> list[dict[str, Any]]:
     return datasets.load_from_disk(str(folder / "hf_datasets" / name)).to_list()
 
 
+REPEATED = 1_000_000
+"""Documents of the asset's request files from this id on repeat the others"""
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    """The questions of a benchmark, each once: the `doc` of scored requests with its gold choice, else the rows."""
+    found: dict[int, dict[str, Any]] = {}
+    rows = open_benchmark(name)
+    if "doc" not in rows[0]:
+        return rows
+    for row in rows:
+        if row["doc_id"] < REPEATED and row["doc_id"] not in found:
+            found[row["doc_id"]] = dict(row["doc"])
+    return list(found.values())
+
+
 ARC_FILES = {1: "arcagi_aa922be.json", 2: "arcagi2_f3283f7.json"}
 ARC_SPLITS = {"training": "train", "evaluation": "eval"}
 

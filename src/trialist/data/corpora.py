@@ -74,13 +74,13 @@ def load_documents(
     Raises FileNotFoundError for a missing path, ValueError for broken lines, wrong columns and empty data.
     """
     _check_max_examples(max_examples)
-    kind = _kind(data)
+    kind = kind_of(data)
     if kind == "built-in":
         if split is not None:
             raise ValueError(f"{data} has no splits, so split={split!r} cannot be chosen; leave it out")
-        pairs = _stdlib_documents() if data == "python-stdlib" else _enwik8_documents()
-    elif kind == "hub" or _is_saved_dataset(Path(data)):
-        rows = rename_columns(_select_split(_load_dataset_dict(data), split, data), data, columns, ("text",))
+        pairs = stdlib_documents() if data == "python-stdlib" else enwik8_documents()
+    elif kind == "hub" or is_saved_dataset(Path(data)):
+        rows = rename_columns(select_split(load_dataset_dict(data), split, data), data, columns, ("text",))
         pairs = _text_column(rows, data)
     else:
         pairs = _local_documents(data, files_of_split(data, split), columns)
@@ -106,13 +106,13 @@ def load_rows(
     from datasets import concatenate_datasets
 
     _check_max_examples(max_examples)
-    kind = _kind(data)
+    kind = kind_of(data)
     if kind == "built-in":
         raise ValueError(
             f"{data} is running text without the columns {', '.join(required)}; pass a JSONL or Parquet file"
         )
-    if kind == "hub" or _is_saved_dataset(Path(data)):
-        rows = rename_columns(_select_split(_load_dataset_dict(data), split, data), data, columns, required)
+    if kind == "hub" or is_saved_dataset(Path(data)):
+        rows = rename_columns(select_split(load_dataset_dict(data), split, data), data, columns, required)
     else:
         parts: list[Any] = []
         for file in files_of_split(data, split):
@@ -137,11 +137,11 @@ def load_rows(
 
 def split_names(data: str) -> tuple[str, ...]:
     """The splits that `data` brings itself, among `train`, `validation`, `test` and a Hub data set's own names; () if none."""
-    kind = _kind(data)
+    kind = kind_of(data)
     if kind == "built-in":
         return ()
-    if kind == "hub" or _is_saved_dataset(Path(data)):
-        return tuple(_load_dataset_dict(data))
+    if kind == "hub" or is_saved_dataset(Path(data)):
+        return tuple(load_dataset_dict(data))
     return tuple(named_splits(Path(data)))
 
 
@@ -150,10 +150,10 @@ def data_digest(data: str) -> str:
 
     Raises FileNotFoundError as `load_documents` does, ConnectionError when a Hub commit cannot be resolved.
     """
-    kind = _kind(data)
+    kind = kind_of(data)
     if data == "python-stdlib":
         total = hashlib.sha256()
-        for name, text in _stdlib_documents():
+        for name, text in stdlib_documents():
             total.update(f"{name}\0{len(text)}\0".encode())
             total.update(text.encode())
         return f"python-stdlib:{sys.version.split()[0]}:{total.hexdigest()[:16]}"
@@ -200,7 +200,7 @@ STDLIB_LEFT_OUT = {
 }
 
 
-def _stdlib_documents() -> Iterator[tuple[str, str]]:
+def stdlib_documents() -> Iterator[tuple[str, str]]:
     """Source files of the running interpreter's standard library.
 
     Left out: tests (many distributions do not ship them), generated tables (`encodings`, `pydoc_data`), and files that
@@ -217,15 +217,20 @@ def _stdlib_documents() -> Iterator[tuple[str, str]]:
                 yield file.relative_to(root).as_posix(), handle.read()
 
 
-def _enwik8_documents() -> Iterator[tuple[str, str]]:
-    """The pages of enwik8, a new one at each `  <page>` line."""
+def enwik8_documents() -> Iterator[tuple[str, str]]:
+    """The pages of enwik8, a new one at each `  <page>` line; some megabytes at a time are in memory."""
+    mark = b"\n  <page>"
+    rest, page, begun = b"", 0, False
     with gzip.open(assets.path("enwik8") / "enwik8.gz") as handle:
-        text = handle.read().decode("utf-8")
-    start = 0
-    starts = [match.start() for match in re.finditer(r"^  <page>", text, re.MULTILINE)]
-    for number, end in enumerate([*starts[1:], len(text)]):
-        yield f"page {number}", text[start:end]
-        start = end
+        while block := handle.read(1 << 22):
+            text, begin, at = rest + block, 0, max(0, len(rest) - len(mark) + 1)
+            while (at := text.find(mark, at) + 1) > 0:
+                if begun:  # what stands before the first page belongs to it
+                    yield f"page {page}", text[begin:at].decode("utf-8")
+                    page, begin = page + 1, at
+                begun = True
+            rest = text[begin:]
+    yield f"page {page}", rest.decode("utf-8")
 
 
 def _local_documents(data: str, files: list[Path], columns: Mapping[str, str] | None) -> Iterator[tuple[str, str]]:
@@ -263,7 +268,7 @@ def _check_unicode(text: str, place: str) -> None:
         ) from error
 
 
-def _kind(data: str) -> str:
+def kind_of(data: str) -> str:
     """`built-in`, `local` or `hub`; raises FileNotFoundError for what can be neither."""
     if data in BUILT_IN:
         return "built-in"
@@ -299,11 +304,11 @@ def _suggestion(data: str) -> str:
     return f". Pass a file, a folder, a Hub id or one of {', '.join(BUILT_IN)}"
 
 
-def _is_saved_dataset(path: Path) -> bool:
+def is_saved_dataset(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _load_dataset_dict(data: str) -> dict[str, Dataset]:
+def load_dataset_dict(data: str) -> dict[str, Dataset]:
     """Split name -> data set, from a folder of `save_to_disk` or from the Hub."""
     import datasets
 
@@ -329,7 +334,7 @@ def _load_dataset_dict(data: str) -> dict[str, Dataset]:
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 
-def _select_split(splits: dict[str, Dataset], split: str | None, data: str) -> Dataset:
+def select_split(splits: dict[str, Dataset], split: str | None, data: str) -> Dataset:
     if split is None:
         split = "train" if "train" in splits else next(iter(splits))
     if split not in splits:

@@ -42,14 +42,14 @@ def read_text(file: Path) -> str:
     return decode(content, str(file))
 
 
-def decode(content: bytes, name: str) -> str:
-    """UTF-8 as text. name: what the content is called in errors."""
+def decode(content: bytes, name: str, *, byte: int = 0, line: int = 1) -> str:
+    """UTF-8 as text. name: what the content is called in errors; byte, line: where in it `content` begins."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line += content.count(b"\n", 0, error.start)
         raise ValueError(
-            f"{name}: byte {error.start} (line {line}) is not UTF-8: 0x{content[error.start]:02x}; "
+            f"{name}: byte {byte + error.start} (line {line}) is not UTF-8: 0x{content[error.start]:02x}; "
             f"convert the file, for example with `iconv -f latin1 -t utf-8`"
         ) from error
 
@@ -98,10 +98,10 @@ def json_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
     return json_lines(text, str(file))
 
 
-def json_lines(text: str, name: str) -> list[tuple[str, dict[str, Any]]]:
-    """(`line 17`, row) of every line that is not blank. name: what the text is called in errors."""
+def json_lines(text: str, name: str, first: int = 1) -> list[tuple[str, dict[str, Any]]]:
+    """(`line 17`, row) of every line that is not blank. name: what the text is called in errors; first: its first line."""
     rows: list[tuple[str, Any]] = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=first):
         try:
             if line.strip():
                 rows.append((f"line {number}", json.loads(line)))

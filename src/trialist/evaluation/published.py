@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 Rows = list[dict[str, Any]]
-REPEATED = 1_000_000
-"""Documents of the asset's request files from this id on repeat the others"""
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,9 @@ def stored(name: str) -> Rows:
 
 
 def documents(name: str) -> Rows:
-    """The documents of a file of scored requests, each once, with the gold choice as `gold`."""
-    found: dict[int, dict[str, Any]] = {}
-    for row in stored(name):
-        if row["doc_id"] < REPEATED and row["doc_id"] not in found:
-            found[row["doc_id"]] = dict(row["doc"])
-    return list(found.values())
+    from trialist.data import benchmarks
+
+    return benchmarks.documents(name)
 
 
 def _arc(name: str, configuration: str) -> Mapping[str, Rows]:

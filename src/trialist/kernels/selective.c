@@ -144,6 +144,8 @@ typedef struct {
     const uint8_t *protect; /* (B, S) */
     const float *penalty;   /* (B, S) */
     float *offsets;         /* (B, blocks of queries + 1, S): F at the start of each block, then after all queries */
+    float *memory;          /* (B, T): sum of 1 - min(F, tau) / tau over the columns a query sees; NULL is not wanted */
+    const float *d_memory;  /* (B, T) or NULL */
     float *kt, *vt;         /* (B, G, blocks of columns, D, BLOCK): scaled keys and values, transposed */
     float *out, *lse;       /* (B, T, H, D) and (B, H, T) */
     const float *d_out;     /* (B, H, T, D) */
@@ -153,7 +155,7 @@ typedef struct {
     long mask_b, mask_t;    /* strides in elements */
     int mask_kind;          /* 0 causal, 1 bytes (nonzero may attend), 2 additive floats (-inf excludes) */
     int B, H, G, T, S, D, selector, parts, threads;
-    float scaling;
+    float scaling, tau;
 } Problem;
 
 int selective_block(void) { return BLOCK; }
@@ -201,9 +203,11 @@ static int tile_mask(const Problem *p, int b, int i, int j, float *bias) {
 }
 
 /* From the selector's logits of tile (i, j) and F at its start (`run`): bias becomes mask - F, gate 1 where a selection
- * was made, and run goes on to F after the tile. bias and gate may be NULL where only the sums matter. */
+ * was made, and run goes on to F after the tile. bias and gate may be NULL where only the sums matter. memory (BLOCK)
+ * takes the sum of 1 - min(F, tau) / tau of each row; d_F adds the gradient that d_memory (of the rows) sends to F. */
 INLINE void tile_penalty(const Problem *p, int b, int i, int j, int kind, const float *logits, float *run, const float *mask,
-                         float *bias, float *gate) {
+                         float *bias, float *gate, float *memory, const float *d_memory, float *d_F) {
+    const vec rate = fill(1.0f / p->tau);
     int rows = least(BLOCK, p->T - i * BLOCK), own = p->S - p->T + (i - j) * BLOCK;
     float open[BLOCK];
     const uint8_t *protect = p->protect + (long)b * p->S + j * BLOCK;
@@ -214,15 +218,19 @@ INLINE void tile_penalty(const Problem *p, int b, int i, int j, int kind, const 
         vec F = load(run + m * LANES), may = load(open + m * LANES);
         for (int r = 0; r < rows; r++) {
             long at = r * BLOCK + m * LANES;
-            vec l = load(logits + at), chosen;
+            vec l = load(logits + at), chosen, living = fill(1.0f) - F * rate;
             if (kind == FULL) {
                 if (bias) store(bias + at, -F);
             } else {
                 vec allowed = load(mask + at);
                 l += allowed;
+                if (memory || d_memory)
+                    living = (vec)((ivec)living & (allowed > fill(-INFINITY)) & (lane + m * LANES <= own + r));
                 if (bias) store(bias + at, allowed - F);
                 l = (vec)((ivec)l & (lane + m * LANES < own + r)); /* strictly before the query's own column */
             }
+            if (memory) memory[r] += total(maximum(living, (vec){0}));
+            if (d_memory) store(d_F + at, load(d_F + at) - choose(living > (vec){0}, fill(d_memory[r]) * rate, (vec){0}));
             chosen = choose(l > (vec){0}, l, (vec){0}) * may;
             if (gate) store(gate + at, choose(chosen > (vec){0}, fill(1.0f), (vec){0}));
             F += chosen;
@@ -269,7 +277,7 @@ static int block_sums(const Problem *p) {
                 if (kind != EMPTY) {
                     const float *kt = p->kt + (((long)b * p->G + p->selector / group) * column_blocks(p) + j) * p->D * BLOCK;
                     multiply(rows, BLOCK, p->D, q, p->D, 1, kt, BLOCK, logits, BLOCK);
-                    tile_penalty(p, b, i, j, kind, logits, run, mask, NULL, NULL);
+                    tile_penalty(p, b, i, j, kind, logits, run, mask, NULL, NULL, NULL, NULL, NULL);
                 }
                 memcpy(sums + j * BLOCK, run, sizeof(float) * least(BLOCK, p->S - j * BLOCK));
             }
@@ -337,6 +345,7 @@ int selective_forward(const Problem *p) {
                 continue;
             }
             int b = task / blocks, i = blocks - 1 - task % blocks, rows = least(BLOCK, p->T - i * BLOCK);
+            float living[BLOCK] = {0}, *memory = p->memory ? living : NULL;
             memset(sums, 0, sizeof(float) * H * BLOCK * D);
             for (int n = 0; n < H * BLOCK; n++) peaks[n] = -INFINITY, masses[n] = 0.0f;
             for (int j = 0; j < column_blocks(p); j++) {
@@ -350,12 +359,13 @@ int selective_forward(const Problem *p) {
                     float *logits = n == 0 ? selector : other;
                     multiply(rows, BLOCK, D, p->q + (((long)b * H + h) * p->T + i * BLOCK) * D, D, 1,
                              p->kt + (kv * column_blocks(p) + j) * D * BLOCK, BLOCK, logits, BLOCK);
-                    if (n == 0) tile_penalty(p, b, i, j, kind, logits, run, bias, bias, NULL);
+                    if (n == 0) tile_penalty(p, b, i, j, kind, logits, run, bias, bias, NULL, memory, NULL, NULL);
                     float *sum = sums + (long)h * BLOCK * D;
                     softmax_tile(rows, D, logits, bias, peaks + h * BLOCK, masses + h * BLOCK, sum);
                     multiply_add(rows, D, columns, logits, BLOCK, 1, p->v + (kv * p->S + j * BLOCK) * D, D, sum, D);
                 }
             }
+            if (memory) memcpy(p->memory + (long)b * p->T + i * BLOCK, memory, sizeof(float) * rows);
             for (int h = 0; h < H; h++)
                 for (int r = 0; r < rows; r++) {
                     float mass = masses[h * BLOCK + r], scale = mass > 0.0f ? 1.0f / mass : 0.0f;
@@ -440,7 +450,9 @@ int selective_backward(const Problem *p) {
                         if (n < H) {
                             long packed = (kv * spans + j) * D * BLOCK;
                             multiply(rows, BLOCK, D, q, D, 1, p->kt + packed, BLOCK, l, BLOCK);
-                            if (n == 0) tile_penalty(p, b, i, j, kind, l, run, bias, bias, gate);
+                            if (n == 0)
+                                tile_penalty(p, b, i, j, kind, l, run, bias, bias, gate, NULL,
+                                             p->d_memory ? p->d_memory + (long)b * p->T + i * BLOCK : NULL, d_F);
                             multiply(rows, BLOCK, D, d_out, D, 1, p->vt + packed, BLOCK, d_l, BLOCK);
                             gradient_tile(rows, l, d_l, bias, p->lse + from, p->delta + from, d_F);
                             multiply_add(columns, D, rows, l, 1, BLOCK, d_out, D, d_v_head, D);

@@ -4,6 +4,7 @@
     S[i, j]   = relu(l[sel][i, j]) for allowed j < i, 0 where protected
     F[i, j]   = penalty[j] + sum over m < i of S[m, j]              exclusive: a query does not see its own selection
     out[h]    = softmax(l[h] - F) v[h]
+    M[i]      = sum over allowed j <= i of 1 - min(F[i, j], tau) / tau                about how many tokens i still sees
 
 Letters: B batch, H query heads, G key/value heads, T queries, S columns (S >= T, queries are the last T), D head width.
 """
@@ -39,9 +40,11 @@ def selective_attention(
     penalty: Tensor | None = None,
     dropout: float = 0.0,
     training: bool = False,
+    tau: float | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Attention output `(B, T, H, D)` in the dtype of `query`, and the penalty F `(B, S)` that the next query would meet.
+) -> tuple[Tensor, ...]:
+    """Attention output `(B, T, H, D)` in the dtype of `query`, and the penalty F `(B, S)` that the next query would meet;
+    with `tau`, as third the memory M `(B, T)`.
 
     query: `(B, H, T, D)`; key, value: `(B, G, S, D)` with H a multiple of G.
     attention_mask: bool (True may attend) or additive float, broadcastable to `(B, H, T, S)`; None is causal. An additive
@@ -51,12 +54,16 @@ def selective_attention(
     protect: bool `(B, S)`, True where a column is never hidden (the first real token of a row); None is column 0.
     penalty: `(B, S)`, what earlier calls returned, zero-extended to S; None is zero. No gradient flows into or out of it.
     dropout: probability of dropping an attention weight while `training`.
+    tau: penalty from which on a token counts as forgotten in M, above 0; None computes no M.
 
-    F is accumulated in float32 (float64 for float64 inputs). Differentiable once in query, key and value, also through F.
+    F is accumulated in float32 (float64 for float64 inputs). Differentiable once in query, key and value, also through F
+    and M.
     Raises ValueError for shapes that do not fit.
     """
     B, S = query.shape[0], key.shape[2]
     _check(query, key, value, attention_mask, selector_head, protect, penalty, dropout, backend)
+    if tau is not None and tau <= 0:
+        raise ValueError(f"tau is {tau}; it must be above 0")
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     if protect is None:
         protect = torch.zeros(1, S, dtype=torch.bool, device=query.device)
@@ -68,14 +75,15 @@ def selective_attention(
         query, key, value = query.to(low), key.to(low), value.to(low)
     rate = dropout if training else 0.0
     backend = _choose(backend, query, attention_mask, rate)
-    arguments = (query, key, value, attention_mask, protect, penalty, scaling, selector_head, rate)
+    arguments = (query, key, value, attention_mask, protect, penalty, scaling, selector_head, tau or 0.0, rate)
     with torch.autocast(query.device.type, enabled=False):
         if backend == "reference":
-            return _reference(*arguments)
-        if backend == "c":
-            return selective_cpu.selective_attention_cpu(*arguments[:-1])
-        output, new_penalty = _SelectiveAttention.apply(*arguments)
-        return output, new_penalty
+            results = _reference(*arguments)
+        elif backend == "c":
+            results = selective_cpu.selective_attention_cpu(*arguments[:-1])
+        else:
+            results = _SelectiveAttention.apply(*arguments)
+        return results if tau is not None else results[:2]
 
 
 def _choose(backend: str, query: Tensor, mask: Tensor | None, rate: float) -> str:
@@ -174,8 +182,8 @@ def _before(x: Tensor, reverse: bool = False) -> Tensor:
 
 def _reference(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, protect: Tensor, penalty: Tensor,
-    scaling: float, selector_head: int, rate: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    scaling: float, selector_head: int, tau: float, rate: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The algorithm in the open: autograd differentiates it, every intermediate has shape (B, H, T, S)."""
     H, T, G, S = query.shape[1], query.shape[2], key.shape[1], key.shape[2]
     q, k, v = (x.to(penalty.dtype) for x in (query, key, value))
@@ -194,21 +202,25 @@ def _reference(
     weights = (logits - F[:, None]).masked_fill(~allowed, torch.finfo(logits.dtype).min).softmax(-1)
     weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0)  # nothing to attend to: zeros, no gradient
     output = torch.dropout(weights, rate, rate > 0) @ v
-    return output.transpose(1, 2).contiguous().to(query.dtype), (penalty + inclusive[:, -1]).detach()
+    memory = None
+    if tau > 0:
+        looks_at = allowed.expand(-1, H, -1, -1)[:, selector_head].tril(S - T)
+        memory = (1 - F / tau).relu().masked_fill(~looks_at, 0.0).sum(-1)  # (B, T)
+    return output.transpose(1, 2).contiguous().to(query.dtype), (penalty + inclusive[:, -1]).detach(), memory
 
 
 class _SelectiveAttention(torch.autograd.Function):
     """The same in place: one (B, H, T, S) buffer of weights is kept, and the gate of the selector's relu.
 
     With P the weights, dP their gradient and delta = sum_j P dP:  dl = P (dP - delta),  dF = -sum_h dl,
-    dS = exclusive sum of dF over later queries, and dl[sel] += dS where S > 0.
+    dS = exclusive sum of dF over later queries, and dl[sel] += dS where S > 0. M adds -dM / tau to dF where F < tau.
     """
 
     @staticmethod
     def forward(  # type: ignore[override, no-untyped-def]
         ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, protect: Tensor, penalty: Tensor,
-        scaling: float, selector_head: int, rate: float,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        scaling: float, selector_head: int, tau: float, rate: float,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         (B, H, T, D), (G, S) = query.shape, key.shape[1:3]
         lowest = torch.finfo(penalty.dtype).min
         grouped = query.reshape(B, G, H // G * T, D)  # heads of a group share keys: no repeated copy of them
@@ -227,6 +239,11 @@ class _SelectiveAttention(torch.autograd.Function):
         selections.relu_().mul_(selectable)
         bias = _before(selections).add_(penalty[:, None])  # F, then what is added to the logits of all heads
         new_penalty = bias[:, -1] + selections[:, -1]
+        memory = living = None
+        if tau > 0:
+            looks_at = allowed[:, selector_head if per_head else 0].tril(S - T)
+            remaining = (1 - bias / tau).relu_().mul_(looks_at)  # (B, T, S)
+            memory, living = remaining.sum(-1), remaining > 0
         bias.neg_()
         if additive is not None:
             bias.add_(additive[:, 0].clamp(min=lowest / 2))
@@ -248,15 +265,15 @@ class _SelectiveAttention(torch.autograd.Function):
         output = (dropped.view(B, G, H // G * T, S) @ value).view(B, H, T, D).transpose(1, 2)
         attends = None if mask is None else allowed.any(-1).transpose(1, 2)[..., None]  # (B | 1, T, H | 1, 1)
         output = output.contiguous() if attends is None else output * attends
-        ctx.save_for_backward(query, key, value, output, weights, selections > 0, attends, kept)
-        ctx.scaling, ctx.selector_head, ctx.rate = scaling, selector_head, rate
+        ctx.save_for_backward(query, key, value, output, weights, selections > 0, attends, kept, living)
+        ctx.scaling, ctx.selector_head, ctx.tau, ctx.rate = scaling, selector_head, tau, rate
         ctx.mark_non_differentiable(new_penalty)
-        return output, new_penalty
+        return output, new_penalty, memory
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def, override]
-        query, key, value, output, weights, gate, attends, kept = ctx.saved_tensors
+    def backward(ctx, grad: Tensor, _: Tensor | None, d_memory: Tensor | None):  # type: ignore[no-untyped-def, override]
+        query, key, value, output, weights, gate, attends, kept, living = ctx.saved_tensors
         (B, H, T, D), (G, S) = query.shape, key.shape[1:3]
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         group = (B, G, H // G * T)
@@ -271,9 +288,12 @@ class _SelectiveAttention(torch.autograd.Function):
         if kept is not None:
             d_logits.mul_(kept).div_(1 - ctx.rate)
         d_logits.sub_(delta).mul_(weights)
-        later = _before(d_logits.sum(1).neg_(), reverse=True)  # dS from dF, (B, T, S)
+        d_penalty = d_logits.sum(1).neg_()  # dF, (B, T, S)
+        if living is not None and d_memory is not None:
+            d_penalty.sub_(living * (d_memory[..., None] / ctx.tau))
+        later = _before(d_penalty, reverse=True)  # dS
         d_logits[:, ctx.selector_head].add_(later.mul_(gate))
         d_logits = d_logits.to(query.dtype).view(*group, S)
         d_query = (d_logits @ key).view(B, H, T, D).mul_(ctx.scaling)
         d_key = d_logits.transpose(-1, -2) @ query.reshape(*group, D).mul(ctx.scaling)
-        return d_query, d_key, d_value, None, None, None, None, None, None
+        return d_query, d_key, d_value, None, None, None, None, None, None, None

@@ -13,20 +13,80 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from trialist.models.budgets import spread_budgets
+
 MIXERS = {
     "full_attention": "trialist.models.attention:FullAttention",
+    "gru": "trialist.models.recurrent_mixer:GRUMixer",
+    "min_gru": "trialist.models.recurrent_mixer:MinGRUMixer",
+    "min_lstm": "trialist.models.recurrent_mixer:MinLSTMMixer",
     "selective_attention": "trialist.models.selective_mixer:SelectiveAttention",
 }
 """`layer_types`: what mixes the tokens of a layer"""
 
-FEED_FORWARDS = {"swiglu": "trialist.models.decoder:SwiGLU"}
+RECURRENT_MIXERS = ("gru", "min_gru", "min_lstm")
+"""Mixers that carry a state from token to token, which cannot be cropped"""
+
+FEED_FORWARDS = {
+    "gelu": "trialist.models.gelu_feed_forward:GELUFeedForward",
+    "peer": "trialist.models.peer_feed_forward:PEERFeedForward",
+    "swiglu": "trialist.models.decoder:SwiGLU",
+}
 """`ffn_types`: what follows the mixer in a layer"""
 
-DEPTHS = {"stack": "trialist.models.decoder:Stack"}
+DEPTHS = {
+    "recurrent": "trialist.models.recurrent_depth:RecurrentDepth",
+    "stack": "trialist.models.decoder:Stack",
+}
 """`depth`: how the layers are run"""
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "selective": {"selector_head": 0, "protect_bos": True},
+    "recurrent": {
+        "prelude_layers": None,
+        "core_layers": None,
+        "coda_layers": None,
+        "mean_recurrence": 32,
+        "backprop_depth": 8,
+        "recurrence_sigma": 0.5,
+        "train_recurrence": "poisson_lognormal",
+        "injection": "concat",
+        "core_norm": True,
+        "state_init": "normal",
+        "state_std": None,
+        "embedding_scale": None,
+        "initialization": "default",
+        "seed": 0,
+        "num_steps": None,
+        "kv_slots": None,
+        "exit_criterion": None,
+        "exit_threshold": None,
+        "min_steps": 1,
+        "check_every": 1,
+        "warm_start": False,
+    },
+    "min_rnn": {
+        "expansion": 1.0,
+        "conv_kernel": 4,
+        "activation": "g",
+        "bias": True,
+        "gate_bias_init": 0.0,
+        "backend": "auto",
+    },
+    "peer": {
+        "num_experts": 1024**2,
+        "num_heads": 8,
+        "top_k": 16,
+        "key_dim": 128,
+        "activation": "gelu",
+        "score": "softmax",
+        "query_norm": "batchnorm",
+        "glu": False,
+        "sparse_grad": False,
+        "backend": "auto",
+        "learning_rate_scale": 1.0,
+        "generations": None,
+    },
+    "selective": {"selector_head": 0, "protect_bos": True, "budgets": None},
 }
 """The fields of the configuration that hold the settings of one architecture, with their keys and defaults"""
 
@@ -54,7 +114,7 @@ class ModularDecoderConfig(PreTrainedConfig):
     """
 
     model_type = "modular_decoder"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "num_steps", "latent_states"]
 
     vocab_size: int = 32000
     hidden_size: int = 256
@@ -72,8 +132,17 @@ class ModularDecoderConfig(PreTrainedConfig):
     depth: str = "stack"
     norm_style: str = "pre"
     """`pre`: x + f(norm(x)).  `sandwich`: norm(x + f(norm(x))), the stream itself is normalised (arXiv 2502.05171)"""
+    min_rnn: dict | None = None
+    """Mixers `min_gru`, `min_lstm` and `gru`: `expansion` (state over stream width, default 1.0), `conv_kernel` (taps of
+    the causal convolution before the gates, default 4, None for none), `bias`; not for `gru`: `activation`,
+    `gate_bias_init` and `backend` as in `trialist.models.MinGRU`"""
+    peer: dict | None = None
+    """Feed-forward `peer`: the arguments of `trialist.models.PEER`, and `generations` of a pool of experts that grew"""
+    recurrent: dict | None = None
+    """Recurrent depth (`depth="recurrent"`): the settings of `trialist.models.recurrent_depth`"""
     selective: dict | None = None
-    """Selective attention: `selector_head` (default 0) and `protect_bos` (default True)"""
+    """Selective attention: `selector_head` (default 0), `protect_bos` (default True) and `budgets`: how many tokens a layer
+    keeps, one number for all or one a selective layer in order, None for all tokens (default None)"""
     max_position_embeddings: int = 2048
     rope_parameters: dict | None = None
     rms_norm_eps: float = 1e-6
@@ -104,6 +173,15 @@ class ModularDecoderConfig(PreTrainedConfig):
         """The settings of one architecture (a key of `SETTINGS`): what was given, defaults for the rest."""
         return {**SETTINGS[field], **(getattr(self, field) or {})}
 
+    @property
+    def effective_depth(self) -> int:
+        """Layers that a token passes: `num_hidden_layers`, those of a recurrent core as often as they run on average."""
+        if self.depth != "recurrent":
+            return self.num_hidden_layers
+        from trialist.models.recurrent_depth_settings import effective_depth
+
+        return effective_depth(self)
+
     def validate_layer_type(self) -> None:
         """Every slot holds a known name and every layer has one."""
         for field, registry in (("layer_types", MIXERS), ("ffn_types", FEED_FORWARDS)):
@@ -133,6 +211,23 @@ class ModularDecoderConfig(PreTrainedConfig):
             unknown = set(getattr(self, field) or {}) - set(known)
             if unknown:
                 raise ValueError(f"{field} holds unknown keys {sorted(unknown)}; known are {', '.join(known)}")
+        if set(RECURRENT_MIXERS) & set(self.layer_types or []):
+            from trialist.models.min_rnn import check_settings as check_min_rnn
+
+            check_min_rnn(**self.settings("min_rnn"))
+        if "peer" in (self.ffn_types or []):
+            from trialist.models.peer import check_peer
+
+            check_peer(**self.settings("peer"))
+        if self.depth == "recurrent":
+            from trialist.models.recurrent_depth_settings import check_settings
+
+            check_settings(self)
+        spread_budgets(
+            self.settings("selective")["budgets"],
+            (self.layer_types or []).count("selective_attention"),
+            "selective.budgets",
+        )
         selector = self.settings("selective")["selector_head"]
         if "selective_attention" in (self.layer_types or []) and not 0 <= selector < heads:
             raise ValueError(

@@ -6,7 +6,8 @@ With `full_attention`, `swiglu`, `stack` and `norm_style="pre"` it computes what
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from trialist.models.attention import FullAttention
-from trialist.models.configuration import DEPTHS, FEED_FORWARDS, MIXERS, ModularDecoderConfig, resolve
+from trialist.models.configuration import DEPTHS, FEED_FORWARDS, MIXERS, RECURRENT_MIXERS, ModularDecoderConfig, resolve
 
 
 class SwiGLU(nn.Module):
@@ -76,15 +77,42 @@ class DecoderBlock(GradientCheckpointingLayer):
 
 
 class Stack(nn.ModuleList):
-    """Depth as a plain stack: every block once, in order."""
+    """Depth as a plain stack: every block once, in order.
+
+    A depth is called as `depth(x, norm=, ...)` with the arguments of the blocks, and returns the states before the final
+    norm and a dict of further fields of the output. It may name further arguments of `forward` and `generate` in
+    `call_options`, ask for the head with `reads_head = True`, arrange the cache in `prepare_cache(cache, options)`, go without
+    a cache in training with `trains_without_cache = True`, and draw initial weights in `draw_weights_of(module, config)`.
+    """
+
+    call_options: tuple[str, ...] = ()
 
     def __init__(self, config: ModularDecoderConfig) -> None:
         super().__init__(DecoderBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module | None = None, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
         for block in self:
             x = block(x, **kwargs)
-        return x
+        return x, {}
+
+
+@dataclass
+class ModularDecoderOutput(BaseModelOutputWithPast):
+    """num_steps: with recurrent depth, the steps that each token ran, (B, T).
+
+    latent_states: on demand (`output_latent_states=True`), s_0 to s_r, (B, T, hidden_size) each.
+    """
+
+    num_steps: Tensor | None = None
+    latent_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ModularDecoderCausalLMOutput(CausalLMOutputWithPast):
+    """`num_steps` and `latent_states` as in `ModularDecoderOutput`."""
+
+    num_steps: Tensor | None = None
+    latent_states: tuple[Tensor, ...] | None = None
 
 
 class ModularDecoderPreTrainedModel(PreTrainedModel):
@@ -102,6 +130,10 @@ class ModularDecoderPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(FullAttention, index=1),
     }
 
+    @property
+    def _is_stateful(self) -> bool:  # transformers then refuses assisted decoding, which takes tokens back
+        return bool(set(RECURRENT_MIXERS) & set(self.config.layer_types or []))
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -110,13 +142,16 @@ class ModularDecoderPreTrainedModel(PreTrainedModel):
         if getattr(module, "is_residual_output", False):
             # as in GPT-2: with the plain rule the sum of the branches drowns the token's own embedding at the start, the
             # more so the more heads there are, and a wide attention learns late for no reason of its own
-            scale = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            scale = self.config.initializer_range / math.sqrt(2 * self.config.effective_depth)
             init.normal_(module.weight, mean=0.0, std=scale)
         spread = self.config.embedding_initializer_range
         if spread is not None and isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=spread)
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[module.padding_idx])
+        depth = resolve(DEPTHS, self.config.depth)
+        if hasattr(depth, "draw_weights_of"):
+            depth.draw_weights_of(module, self.config)
 
 
 class ModularDecoderModel(ModularDecoderPreTrainedModel):
@@ -143,18 +178,21 @@ class ModularDecoderModel(ModularDecoderPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> ModularDecoderOutput:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, hidden_size)
         given = past_key_values  # with a cache, even an empty one, transformers does not look for packed documents
+        if self.training and getattr(self.layers, "trains_without_cache", False):
+            use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
-        padding_mask = None  # a single token is decoded, and is never padding
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and x.shape[1] > 1:
+        padding_mask = None  # a single token is decoded, not padding, unless a prompt comes in chunks of one
+        several = x.shape[1] > 1 or self._is_stateful  # which only a state would remember
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and several:
             padding_mask = attention_mask[:, -x.shape[1] :].bool()
         mask = None
         if isinstance(attention_mask, dict):  # `generate` builds the masks itself where it compiles the decoding step
@@ -167,8 +205,9 @@ class ModularDecoderModel(ModularDecoderPreTrainedModel):
                 past_key_values=given,
                 position_ids=position_ids,
             )
-        x = self.layers(
+        x, further = self.layers(
             x,
+            norm=self.norm,
             attention_mask=mask,
             padding_mask=padding_mask,
             position_embeddings=self.rotary_emb(x, position_ids=position_ids),
@@ -176,7 +215,7 @@ class ModularDecoderModel(ModularDecoderPreTrainedModel):
             past_key_values=past_key_values,
             **kwargs,
         )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        return ModularDecoderOutput(last_hidden_state=self.norm(x), past_key_values=past_key_values, **further)
 
 
 class ModularDecoderForCausalLM(ModularDecoderPreTrainedModel, GenerationMixin):
@@ -203,7 +242,8 @@ class ModularDecoderForCausalLM(ModularDecoderPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> ModularDecoderCausalLMOutput:
+        head = {"head": self.lm_head} if getattr(self.model.layers, "reads_head", False) else {}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -211,6 +251,7 @@ class ModularDecoderForCausalLM(ModularDecoderPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **head,
             **kwargs,
         )
         positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -218,13 +259,35 @@ class ModularDecoderForCausalLM(ModularDecoderPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return ModularDecoderCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            num_steps=outputs.num_steps,
+            latent_states=outputs.latent_states,
         )
+
+    def with_steps(self, num_steps: int, **options: Any) -> Self:
+        """A model with the same weights that runs `num_steps` steps of recurrent depth, for example to draft for this one."""
+        from trialist.models.recurrent_depth_steps import with_steps
+
+        return with_steps(self, num_steps, **options)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        own = self.model.layers.call_options
+        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in own})
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and hasattr(self.model.layers, "prepare_cache"):
+            self.model.layers.prepare_cache(cache, model_kwargs)
+            if getattr(generation_config, "is_assistant", False):
+                cache.activate_past_recording()
 
 
 class ModularDecoderForSequenceClassification(GenericForSequenceClassification, ModularDecoderPreTrainedModel):

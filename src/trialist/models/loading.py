@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from trialist.data import assets
+from trialist.models.eviction_swap import enable_eviction
 from trialist.models.selective_attention import enable_selective_attention
+from trialist.models.swaps import swapped_loader
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 MODEL_ASSETS = ("smollm2-135m-instruct",)
@@ -24,15 +26,16 @@ MODEL_ASSETS = ("smollm2-135m-instruct",)
 def load_model(model: str, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
     """A causal language model in evaluation mode from a Hub id, a local folder or a built-in asset name.
 
-    Selective attention that was enabled when a model was saved is enabled again. dtype is one of `DTYPES`; "auto" is
-    the saved one. Raises ValueError that says what is missing: no such folder, no config or weights in it, weights missing, unknown
-    Hub id, or a Hub that cannot be reached; FileNotFoundError for an asset that was not fetched yet.
+    Selective attention or eviction that was enabled when a model was saved is enabled again, swapped layers are there.
+    dtype is one of `DTYPES`; "auto" is the saved one. Raises ValueError that says what is missing: no such folder, no
+    config or weights in it, weights missing, unknown Hub id, or a Hub that cannot be reached; FileNotFoundError for an
+    asset that was not fetched yet.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     source = model_source(model)
     try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(
+        loaded, found = swapped_loader(source).from_pretrained(
             source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
         )
     except OSError as error:
@@ -51,6 +54,10 @@ def load_model(model: str, *, dtype: str = "float32", device: str = "cpu") -> Pr
     if isinstance(settings, dict):
         del loaded.config.selective_attention
         enable_selective_attention(loaded, **settings)
+    eviction = getattr(loaded.config, "eviction", None)
+    if isinstance(eviction, dict):
+        del loaded.config.eviction
+        enable_eviction(loaded, **eviction)
     return loaded.to(device).eval()
 
 

@@ -8,35 +8,28 @@ B batch, T queries, S columns, H query heads, G key/value heads, D head width
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trialist.models.attention import FullAttention
-from trialist.models.selective_cache import selective_layer
-from trialist.models.selective_mixer import (
-    CacheLayer,
-    SelectiveAttention,
-    attend_selectively,
-    first_tokens,
-    visible_columns,
+from trialist.models.attention_interface import (
+    BASES,
+    attention_modules,
+    cache_among,
+    plain_model,
+    refuse_arguments,
+    refuse_unsupported,
+    standard_attention,
 )
-
-BASES = ("sdpa", "eager")
-"""Attention implementations that layers which stay standard may keep"""
-
-UNSUPPORTED_ARGUMENTS = {
-    "softcap": "soft-capped attention logits",
-    "s_aux": "attention sinks",
-    "position_bias": "a position bias",
-}
+from trialist.models.budgets import Budgets, spread_budgets
+from trialist.models.masks import first_tokens, visible_columns
+from trialist.models.selective_cache import selective_layer
+from trialist.models.selective_mixer import CacheLayer, attend_selectively
 
 
 def _selective_forward(base: str) -> Any:
@@ -53,10 +46,7 @@ def _selective_forward(base: str) -> Any:
     ) -> tuple[Tensor, Tensor | None]:
         settings = getattr(module, "_selective", None)
         if settings is None:
-            if base == "sdpa":
-                standard = ALL_ATTENTION_FUNCTIONS["sdpa"]
-            else:
-                standard = sys.modules[type(module).__module__].eager_attention_forward
+            standard = standard_attention(base, module)
             return standard(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         if selective_cache is None and key.shape[2] > query.shape[2]:
             raise ValueError(
@@ -64,9 +54,7 @@ def _selective_forward(base: str) -> Any:
                 "selected is unknown; "
                 "pass past_key_values=DynamicCache()"
             )
-        for name, what in UNSUPPORTED_ARGUMENTS.items():
-            if kwargs.get(name) is not None:
-                raise ValueError(f"selective attention does not support {what}, which {type(module).__name__} uses")
+        refuse_arguments(module, kwargs, "selective attention")
         output = attend_selectively(
             query,
             key,
@@ -76,6 +64,8 @@ def _selective_forward(base: str) -> Any:
             selector_head=settings["selector_head"],
             protect_bos=settings["protect_bos"],
             layer=selective_cache,
+            budget=module.budget,
+            memory=module.memory_record,
             dropout=dropout,
             training=module.training,
         )
@@ -107,90 +97,9 @@ AttentionInterface.register("selective_probe", _probe_forward)
 AttentionMaskInterface.register("selective_probe", sdpa_mask)
 
 
-def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
-    """The modules that call the attention interface of transformers, by layer index.
-
-    Raises ValueError for two of them in one layer, as in models with cross attention.
-    """
-    modules: dict[int, nn.Module] = {}
-    for name, module in model.named_modules():
-        if not calls_attention_interface(module) or getattr(module, "layer_idx", None) is None:
-            continue
-        if module.layer_idx in modules:
-            raise ValueError(
-                f"{name} is a second attention in layer {module.layer_idx}; cross attention is not supported"
-            )
-        modules[module.layer_idx] = module
-    return modules
-
-
-def calls_attention_interface(module: nn.Module) -> bool:
-    """Whether `module` computes its attention through the interface of transformers, where it can be replaced."""
-    if isinstance(module, FullAttention):
-        return not isinstance(module, SelectiveAttention)
-    forward = inspect.unwrap(type(module).forward)
-    code = getattr(forward, "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
-
-
-def _plain(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT or compiled wrapper."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-
-
-def _refuse(model: PreTrainedModel, modules: dict[int, nn.Module], layers: Sequence[int]) -> None:
-    """Words for every model that would silently compute something else."""
-    name, config = type(model).__name__, model.config
-    if not modules:
-        raise ValueError(
-            f"{name} has no layer that uses the attention interface of transformers, so its attention cannot be "
-            "replaced; "
-            "Llama, Qwen, Mistral, SmolLM, GPT-2 and their relatives have"
-        )
-    missing = [layer for layer in layers if layer not in modules]
-    if missing:
-        raise ValueError(f"layers {missing} are not attention layers of {name}; those are {sorted(modules)}")
-    text = config.get_text_config(decoder=True)
-    for layer in layers:
-        module = modules[layer]
-        if not getattr(module, "is_causal", True) or not getattr(config, "is_causal", True):
-            raise ValueError(f"layer {layer} of {name} is not causal; selective attention needs a causal decoder")
-        if getattr(text, "attn_logit_softcapping", None) is not None:
-            raise ValueError(
-                f"{name} soft-caps its attention logits (attn_logit_softcapping={text.attn_logit_softcapping}), "
-                "which selective "
-                "attention does not support"
-            )
-        if getattr(module, "sinks", None) is not None:
-            raise ValueError(f"{name} has attention sinks, which selective attention does not support")
-        if _window(module, text) is not None:
-            full = [index for index, other in modules.items() if _window(other, text) is None]
-            advice = f"pass layers={full}" if full else "no layer of this model has it"
-            raise ValueError(
-                f"layer {layer} of {name} attends within a sliding window of {_window(module, text)} tokens, "
-                "where the first "
-                f"token and old selections fall out of sight; selective attention needs full attention: {advice}"
-            )
-        if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values()):
-            raise ValueError(
-                f"{type(module).__name__} passes no further arguments to its attention function: not supported"
-            )
-
-
-def _window(module: nn.Module, text: Any) -> int | None:
-    if hasattr(module, "sliding_window"):
-        return module.sliding_window
-    layer_types = getattr(text, "layer_types", None)
-    if layer_types is not None:
-        sliding = layer_types[module.layer_idx] in ("sliding_attention", "chunked_attention")
-        return (getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", 0)) if sliding else None
-    return getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
-
-
 def _hand_over_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Gives the attention function, which sees no cache, the cache layer that holds F."""
-    cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+    cache = cache_among(args, kwargs)
     if cache is None:
         return args, kwargs
     return args, {**kwargs, "selective_cache": selective_layer(cache, module.layer_idx)}
@@ -203,6 +112,7 @@ def enable_selective_attention(
     layers: Sequence[int] | None = None,
     *,
     inputs: Tensor | None = None,
+    budgets: Budgets = None,
 ) -> PreTrainedModel:
     """Replace the attention of `layers` (None is all) by selective attention, in place; returns the model.
 
@@ -213,11 +123,13 @@ def enable_selective_attention(
     selector_head: a head for all layers, or one a layer of `layers`; "auto" takes, in each layer, the head that would
         select least on `inputs` (token ids `(B, T)`), the gentlest start for a pretrained model.
     protect_bos: never hide the first real token.
+    budgets: how many tokens a layer keeps, one number or one a layer of `layers`; None keeps all. See
+        `trialist.models.selective_eviction`, and `calibrate_budgets` for good ones.
 
     Raises ValueError for encoders, cross attention, sliding windows, soft-capped logits, attention sinks and heads or
     layers that do not exist. A pretrained model gets worse at first: its heads were not trained to select.
     """
-    plain = _plain(model)
+    plain = plain_model(model)
     if is_selective(plain):
         raise ValueError("selective attention is enabled already; call disable_selective_attention first")
     if plain.config.is_encoder_decoder:
@@ -226,16 +138,23 @@ def enable_selective_attention(
     chosen = sorted(modules) if layers is None else list(layers)
     if layers is not None and not chosen:
         return model
-    _refuse(plain, modules, chosen)
+    refuse_unsupported(plain, modules, chosen, "selective attention")
     base = plain.config._attn_implementation
     if base not in BASES:
         raise ValueError(f"the model runs attn_implementation={base!r}; load it with 'sdpa' or 'eager'")
     heads = _heads(plain, modules, chosen, selector_head, inputs)
-    for layer, head in zip(chosen, heads, strict=True):
+    spread = spread_budgets(budgets, len(chosen))
+    for layer, head, budget in zip(chosen, heads, spread, strict=True):
         modules[layer]._selective = {"selector_head": head, "protect_bos": protect_bos}
+        modules[layer].budget, modules[layer].memory_record = budget, None
         modules[layer].register_forward_pre_hook(_hand_over_cache, with_kwargs=True)
     plain.set_attn_implementation(f"selective_{base}")
-    plain.config.selective_attention = {"selector_head": heads, "protect_bos": protect_bos, "layers": chosen}
+    plain.config.selective_attention = {
+        "selector_head": heads,
+        "protect_bos": protect_bos,
+        "layers": chosen,
+        "budgets": spread,
+    }
     return model
 
 
@@ -290,9 +209,9 @@ def _selective_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 def disable_selective_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `enable_selective_attention`: the model computes exactly what it computed before. Returns the model."""
-    plain = _plain(model)
+    plain = plain_model(model)
     for module in list(_selective_modules(plain)):
-        del module._selective
+        del module._selective, module.budget, module.memory_record
         for handle, hook in list(module._forward_pre_hooks.items()):
             if hook is _hand_over_cache:
                 del module._forward_pre_hooks[handle]

@@ -16,7 +16,6 @@ B batch, T queries, S columns, H query heads, G key/value heads, D head width
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -25,44 +24,15 @@ from transformers import Cache
 
 from trialist.kernels.selective import selective_attention
 from trialist.models.attention import FullAttention
+from trialist.models.budgets import spread_budgets
 from trialist.models.configuration import ModularDecoderConfig
+from trialist.models.eviction_cache import UNDO_WINDOW
+from trialist.models.masks import first_tokens, narrow, silence_padding
+from trialist.models.memory import MemoryRecord
 from trialist.models.selective_cache import SelectiveCacheLayer, StaticSelectiveCacheLayer
+from trialist.models.selective_eviction import Selector, refuse_static
 
 CacheLayer = SelectiveCacheLayer | StaticSelectiveCacheLayer
-
-
-def first_tokens(attention_mask: Tensor | None, batch: int, columns: int, device: torch.device) -> Tensor:
-    """Bool `(B, S)`: the first column that some query sees, which is the first real token of a row or of a document.
-
-    attention_mask: bool or additive `(B | 1, H | 1, T, S)`; None is causal without padding, its first token column 0.
-    """
-    if attention_mask is None:
-        first = torch.zeros(batch, columns, dtype=torch.bool, device=device)
-        first[:, 0] = True
-        return first
-    seen = visible_columns(attention_mask)[:, 0]  # (B, T, S)
-    sees, column = seen.max(-1)  # the first maximum: the first visible column
-    marks = torch.zeros(seen.shape[0], columns, dtype=torch.int32, device=device)
-    return marks.scatter_reduce_(1, column, sees.int(), "amax").bool().expand(batch, columns)
-
-
-def visible_columns(attention_mask: Tensor) -> Tensor:
-    if attention_mask.dtype == torch.bool:
-        return attention_mask
-    return attention_mask > torch.finfo(attention_mask.dtype).min / 2
-
-
-def _silence_padding(attention_mask: Tensor, own: Tensor) -> Tensor:
-    """The mask without the rows of padding queries, which do not see themselves; they must select nothing.
-
-    own: columns `(T,)` of the queries.
-    """
-    index = own.view(1, 1, -1, 1).expand(*attention_mask.shape[:3], 1)
-    if attention_mask.dtype == torch.bool:
-        return attention_mask & attention_mask.gather(-1, index)
-    return attention_mask.masked_fill(
-        ~visible_columns(attention_mask.gather(-1, index)), torch.finfo(attention_mask.dtype).min
-    )
 
 
 def attend_selectively(
@@ -75,83 +45,92 @@ def attend_selectively(
     selector_head: int = 0,
     protect_bos: bool = True,
     layer: CacheLayer | None = None,
+    budget: int | None = None,
+    memory: MemoryRecord | None = None,
     dropout: float = 0.0,
     training: bool = False,
 ) -> Tensor:
     """Output `(B, T, H, D)` of selective attention; with `layer`, F continues from earlier calls and is stored back.
 
     query `(B, H, T, D)`; key, value `(B, G, S, D)` as the cache returned them; attention_mask as transformers builds
-    it.
+    it. With `budget`, a query sees at most that many tokens and itself (see `trialist.models.selective_eviction`), and
+    `layer` drops what was evicted. `memory` takes M of this layer.
     """
     (B, H, T, _), S, device = query.shape, key.shape[2], query.device
     own = torch.arange(S - T, S, device=device)
     if isinstance(layer, StaticSelectiveCacheLayer):
+        refuse_static(budget, layer.max_cache_len)
         if T == 1:
             own = layer.cumulative_length - 1 + torch.arange(1, device=device)
         else:  # the prompt: the columns behind it are empty, and without them the queries are the last columns again
             S = int(layer.cumulative_length)
             own = torch.arange(S - T, S, device=device)
             key, value = key[:, :, :S], value[:, :, :S]
+    elif layer is not None:
+        attention_mask = layer.gather_mask(attention_mask)
+    evicting = budget is not None and budget < S
+    whole_mask = attention_mask
     if attention_mask is not None:
-        attention_mask = attention_mask[..., :S]
-        if layer is not None:
-            attention_mask = _silence_padding(attention_mask, own)
+        whole_mask = attention_mask = attention_mask[..., :S]
+        if layer is not None or evicting:
+            attention_mask = silence_padding(attention_mask, own)
     if protect_bos:
         protect = first_tokens(attention_mask, B, S, device)
     else:
         protect = torch.zeros(B, S, dtype=torch.bool, device=device)
-    call = functools.partial(
-        selective_attention, scaling=scaling, selector_head=selector_head, dropout=dropout, training=training
-    )
-    if layer is None:
-        return call(query, key, value, attention_mask, protect=protect)[0]
+
+    memory = memory if memory is not None and memory.wanted() else None
+
+    def call(mask: Tensor | None, penalty: Tensor | None, protect: Tensor) -> tuple[Tensor, Tensor]:
+        output, after, *remaining = selective_attention(
+            query,
+            key,
+            value,
+            mask,
+            scaling=scaling,
+            selector_head=selector_head,
+            protect=protect,
+            penalty=penalty,
+            dropout=dropout,
+            training=training,
+            tau=None if memory is None else memory.tau,
+        )
+        if memory is not None:
+            memory.add(remaining[0], mask)
+        return output, after
 
     if isinstance(layer, StaticSelectiveCacheLayer):
         assert layer.penalty is not None
         if T == 1:  # the query's own column is not the last one here
             protect = protect.index_fill(1, own, True)
-        output, penalty = call(query, key, value, attention_mask, protect=protect, penalty=layer.penalty[:, :S])
+        output, penalty = call(attention_mask, layer.penalty[:, :S], protect)
         layer.penalty[:, :S] = penalty
         return output
 
-    before = layer.penalty
-    output, penalty = call(query, key, value, attention_mask, protect=protect, penalty=before)
+    before = None if layer is None else layer.penalty
     group = selector_head * key.shape[1] // H
-    selector = query[:, selector_head : selector_head + 1].clone()  # (B, 1, T, D), not a view that keeps all heads
-    layer.store(
-        penalty,
-        functools.partial(_reselect, layer, selector, group, attention_mask, protect, before, scaling, selector_head),
-        T,
+    head = 0 if whole_mask is None else min(selector_head, whole_mask.shape[1] - 1)
+    selector = Selector(
+        query[:, selector_head].detach(),
+        key[:, group].detach(),
+        None if whole_mask is None else whole_mask[:, head].detach(),
+        protect,
+        before,
+        scaling,
+        budget,
     )
+    if not evicting or T == 1:
+        output, penalty = call(attention_mask, before, protect)
+    else:
+        seen, penalty, alive = selector.run(T)
+        output, _ = call(narrow(attention_mask, seen[:, None]), before, protect)
+    if layer is not None:
+        layer.store(penalty, selector.without_states(layer, group), T)
+        if evicting:
+            kept = selector.after_one(penalty) if T == 1 else selector.after_many(alive)
+            assert kept is not None
+            layer.evict(kept, at_once=T > UNDO_WINDOW)
     return output
-
-
-def _reselect(
-    layer: SelectiveCacheLayer,
-    selector: Tensor,
-    group: int,
-    attention_mask: Tensor | None,
-    protect: Tensor,
-    before: Tensor | None,
-    scaling: float,
-    selector_head: int,
-    queries: int,
-) -> Tensor:
-    """F `(B, S')` after the first `queries` of a call, recomputed from its selector head alone."""
-    S = protect.shape[1] - selector.shape[2] + queries
-    keys = layer.keys[:, group : group + 1, :S]  # type: ignore[index]
-    if attention_mask is not None:
-        head = min(selector_head, attention_mask.shape[1] - 1)
-        attention_mask = attention_mask[:, head : head + 1, :queries, :S]
-    return selective_attention(
-        selector[:, :, :queries],
-        keys,
-        keys,
-        attention_mask,
-        scaling=scaling,
-        protect=protect[:, :S],
-        penalty=None if before is None else before[:, :S],
-    )[1]
 
 
 class SelectiveAttention(FullAttention):
@@ -163,6 +142,9 @@ class SelectiveAttention(FullAttention):
         settings = config.settings("selective")
         self.selector_head = settings["selector_head"]
         self.protect_bos = settings["protect_bos"]
+        selective = [index for index, kind in enumerate(config.layer_types or ()) if kind == "selective_attention"]
+        self.budget = spread_budgets(settings["budgets"], len(selective))[selective.index(layer_idx)]
+        self.memory_record: MemoryRecord | None = None
 
     def attend(
         self,
@@ -182,6 +164,8 @@ class SelectiveAttention(FullAttention):
             selector_head=self.selector_head,
             protect_bos=self.protect_bos,
             layer=None if past_key_values is None else _layer_of(past_key_values, self.layer_idx),
+            budget=self.budget,
+            memory=self.memory_record,
             dropout=self.attention_dropout,
             training=self.training,
         )

@@ -29,7 +29,7 @@ class CrossEntropy:
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         input_ids = batch["input_ids"]
         attention_mask, position_ids = batch.get("attention_mask"), batch.get("position_ids")
-        labels = _labels(batch)
+        labels = labels_of(batch)
         if labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}; give one label per "
@@ -42,10 +42,11 @@ class CrossEntropy:
 
     def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The number of tokens that `batch` scores, without a forward pass."""
-        return (_labels(batch)[:, 1:] != IGNORED).sum()
+        return (labels_of(batch)[:, 1:] != IGNORED).sum()
 
 
-def _labels(batch: Mapping[str, Tensor]) -> Tensor:
+def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """The labels (B, T) of a batch, or those of plain language modelling."""
     labels = batch.get("labels")
     if labels is not None:
         return labels

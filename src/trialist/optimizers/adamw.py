@@ -15,15 +15,23 @@ def adamw(
 
     A head tied to an embedding is an embedding. A module may declare groups of its own: its method `optimizer_groups()`
     returns dicts as torch takes them (`params`, then any option of AdamW), where `learning_rate_scale` multiplies the
-    learning rate; what such a group does not name it takes from the arguments here. The outermost declaration wins.
+    learning rate, `name` names the group and `sparse` says that its gradients are sparse; what such a group does not name
+    it takes from the arguments here. The outermost declaration wins.
     One fused kernel does the update where there is one (CPU, CUDA); it is deterministic.
-    Raises ValueError when nothing is trainable, or when a declared group holds a parameter of another module.
+    Raises ValueError when nothing is trainable, or when a declared group holds a parameter of another module, or has
+    sparse gradients.
     """
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be > 0, not {learning_rate}")
     if weight_decay < 0:
         raise ValueError(f"weight_decay must be >= 0, not {weight_decay}")
     groups, taken = declared_groups(model, learning_rate)
+    for group in groups:
+        if group.pop("sparse", False):
+            raise ValueError(
+                f"the gradients of group {group.get('name', '')!r} are sparse, which AdamW does not take; give its parameters "
+                "to trialist.optimizers.RowAdagrad or torch.optim.SparseAdam, or build the layer with sparse_grad=False"
+            )
     embeddings = {
         id(weight)
         for module in model.modules()

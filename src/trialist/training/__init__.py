@@ -15,17 +15,19 @@ if TYPE_CHECKING:
     from trialist.training.consolidation import consolidate
     from trialist.training.fit import FitResult, fit
     from trialist.training.parallel import initialize_from_torchrun, shard_model
+    from trialist.training.recurrence import RecurrenceCallback
     from trialist.training.schedules import Schedule
     from trialist.training.trainer import ObjectiveTrainer
 
 __all__ = [
-    "FitResult", "ObjectiveTrainer", "Schedule", "consolidate", "fit", "initialize_from_torchrun", "load_checkpoint",
-    "save_checkpoint", "shard_model",
+    "FitResult", "ObjectiveTrainer", "RecurrenceCallback", "Schedule", "consolidate", "fit", "initialize_from_torchrun",
+    "load_checkpoint", "save_checkpoint", "shard_model",
 ]  # fmt: skip
 
 HOMES = {
     "FitResult": "fit",
     "ObjectiveTrainer": "trainer",
+    "RecurrenceCallback": "recurrence",
     "Schedule": "schedules",
     "consolidate": "consolidation",
     "fit": "fit",

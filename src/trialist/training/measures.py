@@ -18,21 +18,22 @@ TRAINING_TO_FORWARD = 3  # the backward pass costs twice the forward pass
 def flops_counter(
     model: nn.Module, flops_per_token: float | Callable[[int], float] | None, length: int
 ) -> Callable[[int], float] | None:
-    """Forward FLOPs per input position as a function of the length T; None, with a warning, if not countable."""
+    """A third of the FLOPs of a training pass per input position, which is a forward pass where all of it has a gradient, as a
+    function of the length T; None, with a warning, if not countable."""
     if flops_per_token is not None:
         return flops_per_token if callable(flops_per_token) else lambda _: float(flops_per_token)
     from trialist.models.flops import flops_per_token as analytic
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT wrapper
     try:
-        known = {length: analytic(inner, length)}
+        known = {length: analytic(inner, length, training=True)}
     except ValueError as error:
         warnings.warn(f"the cost will have no FLOPs: {error}", stacklevel=3)
         return None
 
     def counted(length: int) -> float:
         if length not in known:
-            known[length] = analytic(inner, length)
+            known[length] = analytic(inner, length, training=True)
         return known[length]
 
     return counted

@@ -48,6 +48,8 @@ class EvaluationOptions:
     """auto, cpu or cuda"""
     dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = "float32"
     """Numbers that the model computes in; auto is the saved one"""
+    num_steps: int | None = None
+    """Steps of a model with recurrent depth; without it those of its configuration"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,8 @@ class ModelEvaluation(EvaluationOptions, Trial):
     def check(self) -> None:
         if self.batch < 1:
             raise ValueError(f"--batch must be at least 1, not {self.batch}")
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"--num-steps must be at least 1, not {self.num_steps}")
         self.evaluation.check()
         from trialist.models.loading import DTYPES, model_source
 
@@ -95,7 +99,8 @@ class ModelEvaluation(EvaluationOptions, Trial):
         family, argument = settle_name(self.benchmark)
         data = argument or self.data
         place = argument if family == "lm-eval" else f"{family} {Path(data).name}" if data else family
-        yield Arm(Path(self.model).name or self.model, "reference", place)
+        steps = "" if self.num_steps is None else f" {self.num_steps} steps"
+        yield Arm(f"{Path(self.model).name or self.model}{steps}", "reference", place)
 
     def run(self, arm: Arm, seed: int, context: Context) -> Outcome:
         from trialist.data.tokenizers import load_tokenizer
@@ -103,6 +108,10 @@ class ModelEvaluation(EvaluationOptions, Trial):
 
         tokenizer = load_tokenizer(self.model)
         model = load_model(self.model, dtype=self.dtype, device=resolve_device(self.device))
+        if self.num_steps is not None:
+            from trialist.models.recurrent_depth_steps import set_num_steps
+
+            set_num_steps(model, self.num_steps)
         return measure(self.evaluation, model, tokenizer, context, batch=self.batch, seed=seed)
 
 

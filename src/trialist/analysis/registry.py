@@ -1,0 +1,8 @@
+"""Analyses by name, for `trialist analyze NAME`: `module:Class`, imported on first use."""
+
+from __future__ import annotations
+
+ANALYSES: dict[str, str] = {
+    "contamination": "trialist.analysis.contamination:ContaminationAnalysis",
+    "param-delta": "trialist.analysis.param_delta:ParamDeltaAnalysis",
+}

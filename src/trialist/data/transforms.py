@@ -1,0 +1,5 @@
+"""Transforms of data by name, for `trialist apply NAME`: `module:Class`, imported on first use."""
+
+from __future__ import annotations
+
+TRANSFORMS: dict[str, str] = {"decontaminate": "trialist.data.decontaminate:Decontaminate"}

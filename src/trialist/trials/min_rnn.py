@@ -1,0 +1,216 @@
+"""Does minGRU model text as well as attention, in less training time at long context?"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trialist.engine.context import Context
+from trialist.engine.contract import Arm, Budget, Claim, Endpoint, Outcome, Saving, Tuning
+from trialist.engine.hardware import resolve_device
+from trialist.trials._equal_parameters import parameters, widened
+from trialist.trials._evaluation import TrainedModelTrial
+from trialist.trials._language_model import PRELOAD, VERSIONS, check_inputs, new_decoder, train
+from trialist.trials._text import Text, bits_per_byte, load_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+LONGER = 4
+"""A training step is also timed on one sequence so many times as long as in training"""
+EXPANSIONS = {"full_attention": 1.0, "gru": 2 / 3, "min_gru": 4 / 3, "min_lstm": 1.0}
+"""State over stream width at which a recurrent mixer has the 4 d^2 weights of attention"""
+
+
+@dataclass(frozen=True)
+class MinRNNTrial(TrainedModelTrial):
+    """Does minGRU model text as well as attention and GRU of equal parameters, in less training time at long context?"""
+
+    claim = Claim(
+        statement="At equal parameters and training tokens, minGRU models text as well as attention and as GRU, and trains in "
+        "less time at long context.",
+        source="arXiv:2410.01201",
+        reported="test loss 1.548 (minGRU) against 1.547 (Transformer) nats a character on Shakespeare; a training step 175 "
+        "times faster than that of a GRU stepping in Python, at 512 tokens on a T4",
+        endpoint=Endpoint("bits_per_byte", unit="bits per byte", better="lower", margin=0.05, floor=4.5),
+        secondary=(Endpoint("long_step_seconds", unit="s", better="lower"),),
+        kind="non-inferiority",
+        saving=Saving("seconds", least=0.25),
+    )
+    budget = Budget("tokens")
+    tuning = Tuning(tries=3, metric=Endpoint("validation_bits_per_byte", unit="bits per byte", better="lower"))
+    presets = {
+        "tiny": dict(seeds=3, about="about 15 minutes on 2 cores, one run at a time"),
+        "gpu": dict(
+            data="enwik8", tokenizer="bpe-4096", layers=8, width=512, heads=8, length=2048, batch=16, steps=3_000,
+            test_bytes=1_000_000, dtype="bfloat16", seeds=3, about="an hour on one GPU",
+        ),
+        "paper": dict(
+            data="enwik8", layers=6, width=384, heads=6, length=256, batch=64, steps=5_000, test_bytes=1_000_000, seeds=3,
+            about="the size of the paper's character model, on other text",
+        ),
+    }  # fmt: skip
+    preload = (*PRELOAD, "trialist.data.packing", "trialist.data.order", "trialist.data.tokenizers")
+    versions = VERSIONS
+    usage = (
+        "from trialist.models import MinGRU, ModularDecoderConfig, ModularDecoderForCausalLM\n"
+        "output, state = MinGRU(256)(x)  # x: (B, T, 256); pass `state` to go on\n"
+        'config = ModularDecoderConfig(num_hidden_layers=4, layer_types=["min_gru"] * 4)\n'
+        "model = ModularDecoderForCausalLM(config)"
+    )
+
+    data: str = "python-stdlib"
+    """Text: Hub id, local .txt, .jsonl or .parquet file or folder, or a built-in name (python-stdlib, enwik8)"""
+    tokenizer: str = "bytes"
+    """`bytes`, `bpe-N` for N tokens trained on the training split, or a model whose tokenizer is taken"""
+    layers: int = 2
+    """Layers of every arm"""
+    width: int = 128
+    """Width of every arm"""
+    heads: int = 4
+    """Heads of the arm with attention"""
+    length: int = 512
+    """Tokens in a training sequence"""
+    batch: int = 4
+    """Sequences in a step"""
+    steps: int = 300
+    """Training steps"""
+    learning_rate: float = 4e-3
+    """Peak learning rate where nothing was tuned"""
+    test_bytes: int = 65_536
+    """Bytes of test text (and of validation text for tuning)"""
+    split: str | None = None
+    """Split of the data to read: `train` is cut 80/10/10, another name is the test set; without it as the data come"""
+    columns: str = ""
+    """Column that holds the text, text=NAME"""
+    max_examples: int | None = None
+    """Most documents to read"""
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`"""
+    dtype: str = "float32"
+    """float32, or bfloat16 for autocast"""
+
+    def check(self) -> None:
+        check_inputs(
+            "decoder", self.dtype, 0, layers=self.layers, width=self.width, heads=self.heads, length=self.length,
+            batch=self.batch, steps=self.steps, test_bytes=self.test_bytes,
+        )  # fmt: skip
+        if self.width % (2 * self.heads):
+            raise ValueError(f"--width {self.width} must be an even multiple of --heads {self.heads}")
+        self.text.check()
+        trained = self.tokenizer.startswith("bpe-")
+        self.check_benchmark(None if trained else self.tokenizer, self.length)
+
+    def digests(self) -> Mapping[str, str]:
+        return {"device": resolve_device(self.device), "data": self.text.digest(), **self.benchmark_digests()}
+
+    def remarks(self) -> tuple[str, ...]:
+        return self.text.remarks()
+
+    @property
+    def text(self) -> Text:
+        return Text(
+            data=self.data,
+            tokenizer=self.tokenizer,
+            split=self.split,
+            columns=self.columns,
+            max_examples=self.max_examples,
+            length=self.length,
+            train_tokens=self.steps * self.batch * self.length,
+            test_bytes=self.test_bytes,
+        )
+
+    def arms(self) -> Iterator[Arm]:
+        tune = {"learning_rate": LEARNING_RATES}
+        for name, role, mixer, about in (
+            ("attention", "control", "full_attention", "causal attention with rotary positions"),
+            ("gru", "control", "gru", "GRU behind the same convolution"),
+            ("min-gru", "treatment", "min_gru", "minGRU behind a causal convolution of 4 taps"),
+            ("min-lstm", "reference", "min_lstm", "minLSTM behind the same convolution"),
+        ):
+            options = {"mixer": mixer, "learning_rate": self.learning_rate}
+            yield Arm(name, role, "text", options=options, tune=None if role == "reference" else tune, about=about)  # type: ignore[arg-type]
+
+    def run(self, arm: Arm, seed: int, context: Context) -> Outcome:
+        from trialist.data.order import PackedBatches
+        from trialist.data.tokenizers import load_tokenizer
+
+        folder = self.text.stage(context, shuffled=False)
+        tokenizer = load_tokenizer(str(folder))
+        if self.benchmark:
+            self.evaluation.check_fit(tokenizer, self.length)  # a tokenizer trained just now is known only here
+        rows = {part: load_rows(folder, part) for part in ("train", "validation", "test")}
+        device = resolve_device(self.device)
+        architecture = self.architecture(arm["mixer"], len(tokenizer))
+        model = new_decoder(context, device=device, **architecture)
+
+        def score(trained: Any, part: str) -> float:
+            return bits_per_byte(trained, *rows[part], batch=self.batch)
+
+        batches = PackedBatches(rows["train"][0], self.batch, context.stream("data_order"))
+        outcome, last = train(
+            model,
+            lambda step: {name: tensor.to(device) for name, tensor in batches(step).items()},
+            context,
+            steps=self.steps,
+            learning_rate=arm["learning_rate"],
+            dtype=self.dtype,
+            evaluate=lambda trained: {"bits_per_byte": score(trained, "test")},
+            evaluations=5,
+            tokenizer=tokenizer,
+        )
+        if outcome.diverged is not None:
+            return outcome
+        outcome = dataclasses.replace(
+            outcome,
+            metrics={
+                **last,
+                "validation_bits_per_byte": score(model, "validation"),
+                "long_step_seconds": step_seconds(model, LONGER * self.length, self.dtype),
+            },
+        )
+        return self.hand_over(outcome, model, tokenizer, context, batch=self.batch)
+
+    def architecture(self, mixer: str, vocabulary: int) -> dict[str, Any]:
+        """What `new_decoder` builds for a mixer: no arm has fewer parameters than the treatment."""
+
+        def fields(mixer: str) -> dict[str, Any]:
+            return {
+                "vocab_size": vocabulary,
+                "hidden_size": self.width,
+                "intermediate_size": -(-8 * self.width // 3 // 8) * 8,
+                "num_hidden_layers": self.layers,
+                "num_attention_heads": self.heads,
+                "layer_types": [mixer] * self.layers,
+                "min_rnn": {"expansion": EXPANSIONS[mixer]},
+                "max_position_embeddings": LONGER * self.length,
+            }
+
+        return widened(fields(mixer), least=parameters(fields("min_gru")))
+
+
+def step_seconds(model: PreTrainedModel, length: int, dtype: str) -> float:
+    """Fastest of three forward and backward passes on one sequence of random tokens, in seconds."""
+    import torch
+
+    from trialist.objectives import CrossEntropy
+
+    device = model.device
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+    precision = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+    taken = []
+    for _ in range(4):  # the first warms up
+        model.zero_grad(set_to_none=True)
+        began = time.perf_counter()
+        with precision:
+            loss, _ = CrossEntropy()(model, {"input_ids": ids, "labels": ids})
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - began)
+    model.zero_grad(set_to_none=True)
+    return min(taken[1:])

@@ -1,0 +1,97 @@
+"""Whether a delta means anything to another base: the same architecture, and weights that descend from each other.
+
+ParamDelta (arXiv 2504.21023) needs a new base that was continued from the old one. Two models of one architecture trained
+from different seeds agree in every name and shape and in no weight: their matrices are orthogonal up to chance, and the sum
+is noise. The cosine between matching matrices tells the two apart at almost no cost.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from trialist.weights.checkpoint import Checkpoint
+from trialist.weights.report import DeltaStatistics, Likeness
+
+LEAST_COSINE = 0.9
+"""Mean cosine over matrices below which two models are not taken for relatives"""
+PIECES, PIECE = 16, 4096
+"""A matrix is judged by so many stretches of so many elements, evenly spread; one no larger is judged whole"""
+
+SAME = (
+    "model_type",
+    "num_attention_heads",
+    "n_head",
+    "num_key_value_heads",
+    "hidden_act",
+    "activation_function",
+    "hidden_activation",
+)
+"""Settings that change what matrices of equal shape mean"""
+OF_NO_MATTER = {
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "bos_token_id",
+    "eos_token_id", "pad_token_id", "unk_token_id", "vocab_size", "auto_map",
+}  # fmt: skip
+
+
+def likeness(first: Checkpoint, second: Checkpoint, leave_out: Collection[str] = ()) -> Likeness:
+    """Mean and lowest cosine between the matrices that both hold in one shape."""
+    found: dict[str, float] = {}
+    for name, stored in first.tensors.items():
+        other = second.tensors.get(name)
+        if name in leave_out or other is None or other.shape != stored.shape or len(stored.shape) < 2:
+            continue
+        if not (stored.dtype.is_floating_point and other.dtype.is_floating_point):
+            continue
+        sums = DeltaStatistics()
+        for start, stop in stretches(stored.elements):
+            base, new = (checkpoint.read(name, start, stop).double() for checkpoint in (first, second))
+            sums.add(base, new, torch.zeros_like(base))
+        if sums.base_cosine is not None:
+            found[name] = sums.base_cosine
+    if not found:
+        return Likeness(first.name, second.name, None, None, "", 0)
+    lowest = min(found, key=found.__getitem__)
+    return Likeness(first.name, second.name, sum(found.values()) / len(found), found[lowest], lowest, len(found))
+
+
+def stretches(elements: int) -> list[tuple[int, int]]:
+    if elements <= PIECES * PIECE:
+        return [(0, elements)]
+    starts = torch.linspace(0, elements - PIECE, PIECES, dtype=torch.float64).long().tolist()
+    return [(start, start + PIECE) for start in starts]
+
+
+def refusal(entry: Likeness) -> str | None:
+    """Why two models are not taken for relatives; None where they are, or where there is no matrix to tell."""
+    if entry.cosine is None or entry.cosine >= LEAST_COSINE:
+        return None
+    return (
+        f"{entry.first} and {entry.second} are not of one lineage: the mean cosine between their {entry.matrices} matrices is "
+        f"{entry.cosine:.3f} (lowest {entry.lowest:.3f}, {entry.lowest_name}), at least {LEAST_COSINE} is wanted"
+    )
+
+
+def config_differences(first: Checkpoint, second: Checkpoint) -> tuple[list[str], list[str]]:
+    """Settings that differ, in words: those that make it another architecture, and the others."""
+    one, other = (_flat(checkpoint.config) for checkpoint in (first, second))
+    grave: list[str] = []
+    light: list[str] = []
+    for key in sorted({*one, *other}):
+        last = key.rpartition(".")[2]
+        if one.get(key) == other.get(key) or last in OF_NO_MATTER or key.partition(".")[0] in OF_NO_MATTER:
+            continue
+        words = f"{key} is {one.get(key)!r} in {first.name} and {other.get(key)!r} in {second.name}"
+        (grave if last in SAME and key in one and key in other else light).append(words)
+    return grave, light
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    parts = (
+        _flat(value, f"{prefix}{key}.").items() if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+        for key, value in config.items()
+    )
+    return dict(itertools.chain.from_iterable(parts))

@@ -1,0 +1,241 @@
+"""The sum itself, stretch by stretch: one thread reads ahead, one writes behind, and memory holds a few stretches."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trialist.weights.checkpoint import Checkpoint
+from trialist.weights.plan import Delta, Part
+from trialist.weights.report import DeltaStatistics
+from trialist.weights.writing import TensorFile, ordered
+
+BLOCK = 1 << 18
+"""Elements of a tensor that are in memory at once, times the number of models and a handful of temporaries"""
+AHEAD = 2
+"""Stretches that are read before they are needed"""
+
+Progress = Callable[[int, int], None]
+"""Called with elements done and elements in all"""
+Task = tuple[Part, int, int]
+Operands = list[Tensor]
+"""Of the new base, then of post and base of each delta that counts; whole numbers or rows as the part asks"""
+
+
+def unwatched(done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+class Summing:
+    """theta = base_new + sum_i alpha_i (post_i - base_i) for one stretch, computed in `dtype`, rounded once."""
+
+    def __init__(self, new: Checkpoint, deltas: Sequence[Delta], dtype: torch.dtype, rounding: str, seed: int) -> None:
+        self.new, self.deltas, self.dtype = new, deltas, dtype
+        self.generator = torch.Generator().manual_seed(seed) if rounding == "stochastic" else None
+
+    def read(self, task: Task) -> Operands:
+        part, start, stop = task
+        found: dict[tuple[int, int], Tensor] = {}
+
+        def operand(checkpoint: Checkpoint, ids: Tensor | None) -> Tensor:
+            key = (id(checkpoint), id(ids))  # a model that stands in several places is read once
+            if key not in found:
+                found[key] = (
+                    checkpoint.read(part.name, start, stop)
+                    if ids is None
+                    else checkpoint.rows(part.name, ids[start:stop][ids[start:stop] >= 0])
+                )
+            return found[key]
+
+        if part.rows is None:
+            pairs = [(self.deltas[number].post, self.deltas[number].base) for number in part.deltas]
+            return [operand(self.new, None), *(operand(model, None) for pair in pairs for model in pair)]
+        operands = [operand(self.new, part.rows.new)]
+        for number in part.deltas:
+            for model, ids in zip((self.deltas[number].post, self.deltas[number].base), part.rows.deltas[number]):
+                operands.append(operand(model, ids))
+        return operands
+
+    def compute(self, task: Task, operands: Operands) -> Tensor:
+        """The stretch of the output, flat, in its dtype; adds to the part's report. Raises ValueError for what is no number."""
+        part, start, stop = task
+        if part.rows is not None:
+            return self._by_token(part, start, stop, operands)
+        stored = operands[0]
+        if not part.deltas:
+            return stored if stored.dtype == part.dtype else self._round(part, stored.to(self.dtype))
+        return self._sum(part, stored, operands[1:])
+
+    def _sum(self, part: Part, stored: Tensor, operands: Operands) -> Tensor:
+        """stored, operands: flat, of one length; the operands post and base in turn."""
+        new = theta = stored.to(self.dtype)
+        reached: Tensor | None = None  # not 0 where a delta is not 0
+        for place, number in enumerate(part.deltas):
+            post, base = (tensor.to(self.dtype) for tensor in operands[2 * place : 2 * place + 2])
+            delta = post - base
+            self._measure(part, number, base, new, delta)
+            theta = torch.add(theta, delta, alpha=self.deltas[number].alpha)
+            reached = delta if reached is None else reached.abs() + delta.abs()
+        result = self._round(part, theta)
+        plain = stored if stored.dtype == part.dtype else new.to(part.dtype)
+        changed = int(torch.count_nonzero(reached))
+        part.report.changed += changed
+        # without a delta the result is the new base's; counting non-zero numbers is cheaper than comparing
+        part.report.erased += changed - int(torch.count_nonzero(result - plain))
+        return result
+
+    def _by_token(self, part: Part, start: int, stop: int, operands: Operands) -> Tensor:
+        rows = part.rows
+        assert rows is not None
+        width = part.elements // max(len(rows), 1)
+        result = torch.empty(stop - start, width, dtype=part.dtype)
+        here = rows.new[start:stop]
+        known = here >= 0
+        stored = operands[0].reshape(-1, width)  # the rows that the new base has, in their order
+        plain = stored if stored.dtype == part.dtype else self._round(part, stored.to(self.dtype))
+        result[known] = plain
+        # deltas reach different rows, so that rows are summed in groups that the same deltas reach
+        reach = (
+            torch.stack([rows.deltas[number][0][start:stop] >= 0 for number in part.deltas]) if part.deltas else None
+        )
+        if reach is not None:
+            for pattern in reach.T.unique(dim=0):
+                chosen = (pattern == reach.T).all(1) & known
+                if not bool(pattern.any()) or not bool(chosen.any()):
+                    continue
+                counted = [place for place in range(len(part.deltas)) if pattern[place]]
+                picked = [
+                    operands[1 + 2 * place + side].reshape(-1, width)[chosen[reach[place]]].reshape(-1)
+                    for place in counted
+                    for side in (0, 1)
+                ]
+                group = Part(
+                    part.name, part.shape, part.dtype, tuple(part.deltas[place] for place in counted), part.report
+                )
+                result[chosen] = self._sum(group, stored[chosen[known]].reshape(-1), picked).view(-1, width)
+        for number, delta in enumerate(self.deltas):
+            taken = rows.source[start:stop] == number
+            if bool(taken.any()):
+                copied = delta.post.rows(part.name, rows.copied[start:stop][taken]).reshape(-1, width)
+                result[taken] = copied if copied.dtype == part.dtype else self._round(part, copied.to(self.dtype))
+        return result.view(-1)
+
+    def _measure(self, part: Part, number: int, base: Tensor, new: Tensor, delta: Tensor) -> None:
+        while len(part.report.deltas) < len(self.deltas):
+            part.report.deltas.append(DeltaStatistics())
+        sums = part.report.deltas[number]
+        before = DeltaStatistics(**vars(sums))
+        sums.add(base, new, delta)
+        if math.isfinite(sums.delta + sums.shift + sums.base + sums.new):
+            return
+        models = {self.new.name: new, self.deltas[number].base.name: base, self.deltas[number].post.name: delta}
+        for name, tensor in models.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{part.name} of {name} holds values that are not finite; the model is damaged")
+        part.report.deltas[number] = before  # squares beyond the range of float32
+        before.add(base.double(), new.double(), delta.double())
+
+    def _round(self, part: Part, theta: Tensor) -> Tensor:
+        result = theta.to(part.dtype)
+        if self.generator is not None and part.dtype != self.dtype:
+            result = stochastic(theta, result, self.generator)
+        narrow = part.dtype in (torch.float16, torch.bfloat16)
+        total = result.sum(dtype=torch.float32 if narrow else None)
+        if not bool(torch.isfinite(total)) and bool((torch.isfinite(theta) & ~torch.isfinite(result)).any()):
+            raise ValueError(
+                f"{part.name} has values beyond the range of {str(part.dtype).removeprefix('torch.')}, up to "
+                f"{float(theta.abs().max()):.3g}; choose --dtype bfloat16 or float32"
+            )
+        return result
+
+
+def stochastic(exact: Tensor, nearest: Tensor, generator: torch.Generator) -> Tensor:
+    """`exact` rounded up or down to the dtype of `nearest`, by chance, so that its mean is exact.
+
+    The two candidates are the nearest number and its neighbour on the other side of `exact`.
+    """
+    rest = exact - nearest.to(exact.dtype)
+    beyond = torch.full_like(nearest, torch.inf).copysign(rest.to(nearest.dtype))
+    neighbour = torch.nextafter(nearest, beyond)
+    gap = neighbour.to(exact.dtype) - nearest.to(exact.dtype)
+    chance = torch.rand(exact.shape, generator=generator, dtype=exact.dtype) * gap.abs()
+    return torch.where(chance < rest.abs(), neighbour, nearest)
+
+
+class Files:
+    """The output's safetensors files, cut as the new base's; they take pieces in the order of `parts`."""
+
+    def __init__(self, folder: Path, new: Checkpoint, parts: Sequence[Part]) -> None:
+        self.folder = folder
+        self.open: TensorFile | None = None
+        self.names = {part.name: new.tensors[part.name].file.name for part in parts}
+        self.layouts: dict[str, list[Part]] = {}
+        for part in parts:
+            self.layouts.setdefault(self.names[part.name], []).append(part)
+        for file, entries in self.layouts.items():
+            places = {name: place for place, (name, _, _) in enumerate(_layout(entries))}
+            self.layouts[file] = sorted(entries, key=lambda part: places[part.name])
+        self.parts = [part for entries in self.layouts.values() for part in entries]
+
+    def write(self, part: Part, piece: Tensor) -> None:
+        file = self.names[part.name]
+        if self.open is None or self.open.path.name != file:
+            self.close()
+            self.open = TensorFile(self.folder / file, _layout(self.layouts[file]))
+        self.open.write(piece)
+
+    def close(self) -> None:
+        if self.open is not None:
+            self.open.close()
+            self.open = None
+
+    def abandon(self) -> None:
+        if self.open is not None:
+            self.open.abandon()
+
+
+def _layout(parts: Sequence[Part]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    return list(ordered([(part.name, part.dtype, part.shape) for part in parts]))
+
+
+def stream(summing: Summing, parts: Sequence[Part], files: Files | None, progress: Progress) -> None:
+    """Takes every stretch of every part through reading, summing and, with `files`, writing.
+
+    Raises what any of the three raises, OSError of a full disk among them, after the other two have stopped.
+    """
+    total = sum(part.elements for part in parts)
+    done = 0
+    tasks: Iterator[Task] = ((part, start, stop) for part in parts for start, stop in part.blocks(BLOCK))
+    ahead: deque[tuple[Task, Future[Operands]]] = deque()
+    writing: Future[None] | None = None
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        try:
+            while True:
+                while len(ahead) < AHEAD and (task := next(tasks, None)) is not None:
+                    ahead.append((task, reader.submit(summing.read, task)))
+                if not ahead:
+                    break
+                task, reading = ahead.popleft()
+                piece = summing.compute(task, reading.result())
+                if writing is not None:
+                    writing.result()
+                if files is not None:
+                    writing = writer.submit(files.write, task[0], piece)
+                done += piece.numel()
+                progress(done, total)
+            if files is not None:
+                if writing is not None:
+                    writing.result()
+                files.close()
+        except BaseException:
+            for _, reading in ahead:
+                reading.cancel()
+            if files is not None:
+                writer.submit(files.abandon)
+            raise

@@ -1,0 +1,8 @@
+"""Transforms of a model's weights by name, for `trialist apply NAME`: `module:Class`, imported on first use."""
+
+from __future__ import annotations
+
+TRANSFORMS: dict[str, str] = {
+    "param-delta": "trialist.weights.param_delta:ParamDelta",
+    "extract-delta": "trialist.weights.param_delta:ExtractDelta",
+}

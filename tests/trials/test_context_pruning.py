@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tests.trials.conftest import arm_of, model_folder
+from trialist.trials._text import load_rows
+from trialist.trials.context_pruning import ContextPruningTrial, held_out_rows
+
+SMALL = {
+    "layers": 2, "width": 16, "heads": 2, "length": 160, "batch": 2, "steps": 3, "test_bytes": 2_000, "calibration_rows": 2,
+    "sinks": 1, "step": 40,
+}  # fmt: skip
+
+
+@pytest.fixture
+def trial(text_file):
+    return ContextPruningTrial(data=text_file, **SMALL)
+
+
+def test_all_arms_spend_the_same_tokens_and_are_read_at_the_same_bytes(trial, run_arm):
+    arms = [arm for arm in trial.arms() if arm.setting == "text"]
+    outcomes = {arm.name: run_arm(trial, arm) for arm in arms}
+    assert {outcome.cost.tokens for outcome in outcomes.values()} == {outcomes["recency"].cost.tokens}
+    for name, outcome in outcomes.items():
+        assert outcome.undefined == {}
+        assert set(outcome.metrics) == {"bits_per_byte_of_pruned", "bits_lost_by_pruning", "bits_per_byte_of_full"}
+        assert 0 < outcome.metrics["bits_per_byte_of_pruned"] < 12
+        if name != "full-cache":
+            shares = [float(note.split()[0]) for note in outcome.notes if "of all bytes" in note]
+            assert [
+                low <= share <= high
+                for share, low, high in zip(shares, (0.2, 0.1, 0.045, 0.01), (0.21, 0.12, 0.06, 1 / 32))
+            ]
+            assert shares[0] >= 1 / 5
+            assert shares[-1] <= 1 / 32
+    same = "bits_per_byte_of_full"
+    assert outcomes["recency"].metrics[same] == outcomes["heavy-hitters"].metrics[same]
+    assert outcomes["recency"].metrics[same] == outcomes["full-cache"].metrics["bits_per_byte_of_pruned"]
+
+
+def test_arms_of_one_attention_share_one_trained_model(trial, run_arm, tmp_path):
+    for name in ("recency", "heavy-hitters", "full-cache"):
+        run_arm(trial, arm_of(trial, name, "text"))
+    assert len(list((tmp_path / "stages").glob("model-*"))) == 1
+    run_arm(trial, arm_of(trial, "selective", "text"))
+    assert len(list((tmp_path / "stages").glob("model-*"))) == 2
+
+
+def test_a_run_is_a_pure_function_of_its_seed(trial, run_arm, tmp_path):
+    import shutil
+
+    arm = arm_of(trial, "selective", "text")
+    first = run_arm(trial, arm)
+    shutil.rmtree(tmp_path / "stages")
+    assert run_arm(trial, arm).metrics == first.metrics
+    assert run_arm(trial, arm, 1).metrics != first.metrics
+
+
+def test_budgets_are_found_on_training_text_that_no_model_is_trained_on(trial, tmp_path):
+    from trialist.engine.context import Context
+
+    folder = trial.text.stage(Context(0, tmp_path, tmp_path / "stages"), False)
+    every, held = load_rows(folder, "train")[0], held_out_rows(folder, 2)
+    assert len(every) >= 3 * 2 + 2
+    assert (held.tokens == every.tokens[-2:]).all()
+
+
+def test_runs_that_tune_read_validation_text_only(trial, run_arm):
+    outcome = run_arm(trial, arm_of(trial, "heavy-hitters", "text"), seed=trial.tuning.seeds[0])
+    assert set(outcome.metrics) == {"validation_bits_per_byte"}
+
+
+def test_the_null_setting_has_shuffled_text_and_no_references(trial):
+    null = [arm for arm in trial.arms() if arm.setting == "shuffled"]
+    assert {arm.name for arm in null} == {"recency", "heavy-hitters", "selective"}
+    assert all(arm.null and arm.tune is None for arm in null)
+
+
+def test_a_given_model_goes_through_the_same_path(text_file, llama_folder, run_arm, tmp_path):
+    from trialist.data.tokenizers import load_tokenizer
+    from trialist.models import get_budgets, load_model
+
+    model = load_model(llama_folder)
+    model.config.max_position_embeddings = 160
+    model.save_pretrained(tmp_path / "longer")
+    load_tokenizer(llama_folder).save_pretrained(tmp_path / "longer")
+    small = {name: value for name, value in SMALL.items() if name not in ("layers", "width", "heads")}
+    trial = ContextPruningTrial(model=str(tmp_path / "longer"), data=text_file, lora=2, **small)
+    trial.check()
+    outcome = run_arm(trial, arm_of(trial, "selective", "text"), keep_model=True)
+    run_arm(trial, arm_of(trial, "recency", "text"))
+    budgets = get_budgets(load_model(str(model_folder(tmp_path))))
+    assert f"budgets {budgets}" in outcome.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sinks": 9}, "--sinks 9: the smallest budget is 3 tokens of --length 160"),
+        ({"price": -1.0}, "--price -1.0"),
+        ({"recent_share": 2.0}, "--recent-share 2.0"),
+        ({"calibration_rows": 0}, "--calibration-rows must be at least 1"),
+        ({"width": 30, "heads": 4}, "--width 30 must be a multiple of --heads 4"),
+        ({"data": "none.txt"}, "none.txt"),
+    ],
+)
+def test_inputs_that_cannot_work_are_refused_before_anything_runs(trial, changes, words):
+    with pytest.raises((ValueError, OSError), match=words):
+        dataclasses.replace(trial, **changes).check()
+
+
+def test_text_that_is_too_little_to_hold_rows_out_is_refused_with_the_numbers(trial, run_arm):
+    short = dataclasses.replace(trial, calibration_rows=5_000)
+    with pytest.raises(ValueError, match="--calibration-rows 5000 of them are held out"):
+        run_arm(short, arm_of(short, "recency", "text"))

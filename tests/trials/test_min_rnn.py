@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tests.trials.conftest import arm_of, model_folder
+from trialist.models import ModularDecoderConfig, ModularDecoderForCausalLM, count_parameters
+from trialist.trials.min_rnn import MinRNNTrial, step_seconds
+
+SMALL = {"layers": 1, "width": 32, "heads": 2, "length": 48, "batch": 2, "steps": 6, "test_bytes": 2000}
+
+
+@pytest.fixture
+def trial(text_file):
+    trial = MinRNNTrial(data=text_file, **SMALL)
+    trial.check()
+    return trial
+
+
+def test_all_arms_spend_the_same_tokens_and_report_quality_and_time(trial, run_arm):
+    outcomes = {arm.name: run_arm(trial, arm) for arm in trial.arms()}
+    assert set(outcomes) == {"attention", "gru", "min-gru", "min-lstm"}
+    assert len({outcome.cost.tokens for outcome in outcomes.values()}) == 1
+    for outcome in outcomes.values():
+        assert 0 < outcome.metrics["bits_per_byte"] < 9
+        assert outcome.cost.seconds > 0
+        assert outcome.metrics["long_step_seconds"] > 0
+    assert len({outcome.metrics["bits_per_byte"] for outcome in outcomes.values()}) == 4
+
+
+@pytest.mark.parametrize("width", [64, 128, 192])
+def test_no_arm_has_fewer_parameters_than_the_treatment_nor_many_more(width):
+    trial = MinRNNTrial(width=width)
+    counts = {}
+    for arm in trial.arms():
+        fields = trial.architecture(arm["mixer"], 259)
+        counts[arm.name] = count_parameters(
+            ModularDecoderForCausalLM(ModularDecoderConfig(tie_word_embeddings=False, **fields))
+        )
+    for count in counts.values():
+        assert counts["min-gru"] <= count <= 1.01 * counts["min-gru"]
+
+
+def test_quality_is_a_pure_function_of_the_seed(trial, run_arm):
+    arm = arm_of(trial, "min-gru", "text")
+    first, second, other = run_arm(trial, arm), run_arm(trial, arm), run_arm(trial, arm, seed=1)
+    for name in ("bits_per_byte", "validation_bits_per_byte"):
+        assert first.metrics[name] == second.metrics[name] != other.metrics[name]
+
+
+def test_the_kept_model_is_a_decoder_of_minimal_rnns(trial, run_arm, tmp_path):
+    run_arm(trial, arm_of(trial, "min-gru", "text"), keep_model=True)
+    loaded = ModularDecoderForCausalLM.from_pretrained(model_folder(tmp_path))
+    assert loaded.config.layer_types == ["min_gru"]
+
+
+def test_timing_a_step_leaves_no_gradient_and_no_change_behind(trial):
+    model = ModularDecoderForCausalLM(ModularDecoderConfig(**trial.architecture("min_gru", 259)))
+    before = [parameter.clone() for parameter in model.parameters()]
+    assert step_seconds(model, 64, "bfloat16") > 0
+    assert all(
+        parameter.grad is None and (parameter == old).all() for parameter, old in zip(model.parameters(), before)
+    )
+
+
+def test_time_decides_so_runs_go_one_at_a_time(trial):
+    assert trial.claim.kind == "non-inferiority"
+    assert trial.claim.saving.name == "seconds"
+
+
+def test_widths_that_heads_cannot_share_are_refused(trial):
+    with pytest.raises(ValueError, match="--width 36 must be an even multiple of --heads 4"):
+        dataclasses.replace(trial, width=36, heads=4).check()
