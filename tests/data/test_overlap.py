@@ -191,14 +191,16 @@ def test_the_threshold_is_strict_and_at_one_nothing_is_contaminated():
 
 def test_the_order_and_the_portions_of_rows_change_nothing():
     items, rows, n = random_case(3)
+    rows += rows[::-1]
     places = [Place("train.jsonl", number) for number in range(len(rows))]
     results = []
     for seed in range(4):
         order = list(range(len(rows)))
         random.Random(seed).shuffle(order)
         scan = Scan(OverlapIndex([items], n), Rule("tulu3", 0.3), list_rows=True)
-        for start in range(0, len(order), seed + 1):
-            part = order[start : start + seed + 1]
+        size = (1, 3, 100, 100)[seed]
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
             scan.add([places[at] for at in part], [rows[at] for at in part])
         found = sorted((row.place, row.item, row.share, row.excerpt) for row in scan.found)
         results.append(

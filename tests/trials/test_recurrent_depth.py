@@ -114,9 +114,7 @@ def test_numbers_of_layers_are_read_from_text() -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A model that has learnt short walks, its walker and the context it was trained in."""
-    trial = RecurrentDepthTrial(
-        width=32, nodes=5, letters=2, hops=4, recurrence=4, backprop=4, steps=400, test_items=128
-    )
+    trial = RecurrentDepthTrial(nodes=6, hops=6, recurrence=6, steps=500)
     folder = tmp_path_factory.mktemp("trained")
     context = Context(0, folder / "run", folder / "stages")
     walker = trial.walker(arm_of(trial, "recurrent", "walks"))
@@ -126,7 +124,7 @@ def trained(tmp_path_factory):
 @pytest.mark.slow
 def test_more_steps_follow_more_pointers(trained) -> None:
     model, walker, context = trained
-    items, symbols = walker.items(context, 5, 128, 8), walker.symbols(model, context)
+    items, symbols = walker.items(context, 5, 128, 6), walker.symbols(model, context)
     few, many = (right(model, items, symbols, num_steps=steps)[:, 4:6].float().mean() for steps in (1, 8))
     assert many > few + 0.2
 

@@ -32,13 +32,17 @@ def load_library(source: str) -> ctypes.CDLL | None:
     """The C file `source` of this folder as a loaded library, or None where it cannot be compiled (the log says why, once)."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), *COMPILERS))), None)
     if compiler is None:
-        log.warning("no C compiler found (gcc, cc, clang or $CC): %s is replaced by its reference, which is slower", source)
+        log.warning(
+            "no C compiler found (gcc, cc, clang or $CC): %s is replaced by PyTorch or Python, which is slower", source
+        )
         return None
     try:
         return ctypes.CDLL(str(_compiled(compiler, Path(__file__).with_name(source))))
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
-        log.warning("%s could not be compiled (%s) and is replaced by its reference, which is slower", source, reason)
+        log.warning(
+            "%s could not be compiled (%s) and is replaced by PyTorch or Python, which is slower", source, reason
+        )
         return None
 
 

@@ -113,7 +113,8 @@ class FactModels:
         found: dict[str, float] = {}
         for name, part in (("new_facts", "new-test"), ("old_facts", "old-test")):
             right, probability = answers(model, symbols(self.world.questions(part)))
-            found |= {name: right, f"{name}_probability": probability}
+            # the share right among sampled answers, without the noise of sampling; the greedy share is often exactly 0
+            found |= {name: probability, f"{name}_greedy": right}
         total = weight = 0.0
         statements = StatementBatches(self.world, ("old", "new"), 16, self.trial.length, self.world.seed)
         with torch.no_grad():

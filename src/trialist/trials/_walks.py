@@ -187,7 +187,7 @@ class WalkTrial(Trial):
     """Sequences in a step"""
     steps: int = 900
     """Training steps"""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1.5e-3
     """Peak learning rate where nothing was tuned"""
     test_items: int = 512
     """Test walks, each with an answer after every hop"""

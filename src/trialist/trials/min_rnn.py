@@ -1,4 +1,4 @@
-"""Does minGRU model text as well as attention, in less training time at long context?"""
+"""Does minGRU model text as well as attention, with faster training steps at long context?"""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from trialist.trials._text import Text, bits_per_byte, load_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 LONGER = 4
-"""A training step is also timed on one sequence so many times as long as in training"""
+"""A training step is timed on one sequence so many times as long as in training"""
 EXPANSIONS = {"full_attention": 1.0, "gru": 2 / 3, "min_gru": 4 / 3, "min_lstm": 1.0}
 """State over stream width at which a recurrent mixer has the 4 d^2 weights of attention"""
 
 
 @dataclass(frozen=True)
 class MinRNNTrial(TrainedModelTrial):
-    """Does minGRU model text as well as attention and GRU of equal parameters, in less training time at long context?"""
+    """Does minGRU model text as well as attention and GRU of equal parameters, with faster steps at long context?"""
 
     claim = Claim(
-        statement="At equal parameters and training tokens, minGRU models text as well as attention and as GRU, and trains in "
-        "less time at long context.",
+        statement="At equal parameters and training tokens, minGRU models text as well as attention and as GRU, and a training "
+        "step takes less time at long context.",
         source="arXiv:2410.01201",
         reported="test loss 1.548 (minGRU) against 1.547 (Transformer) nats a character on Shakespeare; a training step 175 "
         "times faster than that of a GRU stepping in Python, at 512 tokens on a T4",
         endpoint=Endpoint("bits_per_byte", unit="bits per byte", better="lower", margin=0.05, floor=4.5),
-        secondary=(Endpoint("long_step_seconds", unit="s", better="lower"),),
+        secondary=(Endpoint("long_step_seconds", unit="s", better="lower"),),  # its unit makes runs go one at a time
         kind="non-inferiority",
-        saving=Saving("seconds", least=0.25),
+        saving=Saving("long_step_seconds", least=0.4),
     )
     budget = Budget("tokens")
-    tuning = Tuning(tries=3, metric=Endpoint("validation_bits_per_byte", unit="bits per byte", better="lower"))
+    tuning = Tuning(tries=4, metric=Endpoint("validation_bits_per_byte", unit="bits per byte", better="lower"))
     presets = {
         "tiny": dict(seeds=3, about="about 15 minutes on 2 cores, one run at a time"),
         "gpu": dict(
-            data="enwik8", tokenizer="bpe-4096", layers=8, width=512, heads=8, length=2048, batch=16, steps=3_000,
+            data="enwik8", tokenizer="bpe-4096", layers=8, width=512, heads=8, length=1024, batch=32, steps=3_000,
             test_bytes=1_000_000, dtype="bfloat16", seeds=3, about="an hour on one GPU",
         ),
         "paper": dict(
@@ -75,9 +75,9 @@ class MinRNNTrial(TrainedModelTrial):
     """Heads of the arm with attention"""
     length: int = 512
     """Tokens in a training sequence"""
-    batch: int = 4
+    batch: int = 2
     """Sequences in a step"""
-    steps: int = 300
+    steps: int = 700
     """Training steps"""
     learning_rate: float = 4e-3
     """Peak learning rate where nothing was tuned"""

@@ -62,13 +62,13 @@ class MinRNNDepthTrial(Trial):
     """State over stream width in the treatment"""
     length: int = 128
     """Tokens among which the values stand"""
-    values: int = 16
+    values: int = 12
     """Values to copy"""
     bits: int = 64
     """Bits of the negative control, parity; the second half of them is asked"""
     batch: int = 32
     """Sequences in a step"""
-    steps: int = 1500
+    steps: int = 1000
     """Training steps"""
     learning_rate: float = 3e-3
     """Peak learning rate where nothing was tuned"""

@@ -12,7 +12,7 @@ from trialist.engine.contract import Arm, Budget, Claim, Endpoint, Outcome, Tuni
 from trialist.trials._language_model import BUILT_IN, LEARNING_RATES_GIVEN_MODEL, PRELOAD, VERSIONS
 from trialist.trials._walks import EVALUATION, VALIDATION, Walker, WalkTrial, by_hops, load_stage, right
 
-LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
+LEARNING_RATES = (7.5e-4, 1.5e-3, 3e-3)
 READINGS = (1, 2, 4, 8, 16, 32)
 """Numbers of steps at which the recurrent model is read for the table of hops by steps"""
 
