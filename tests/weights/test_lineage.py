@@ -60,7 +60,7 @@ def test_a_foreign_base_is_refused_and_force_records_that_it_was(family, foreign
         ValueError, match=r"not of one lineage: the mean cosine between their 16 matrices is -?0\.0"
     ) as error:
         apply(members, tmp_path / "out")
-    assert "at least 0.85 is wanted" in str(error.value)
+    assert "at least 0.9 is wanted" in str(error.value)
     assert "--force goes on, and the record says so" in str(error.value)
     assert not (tmp_path / "out").exists()
     report = apply(members, tmp_path / "out", force=True)
