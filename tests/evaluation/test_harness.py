@@ -173,7 +173,10 @@ def test_chat_shows_every_example_as_a_turn_of_its_own(benchmarks, scored_model,
     monkeypatch.setattr(HarnessModel, "generate_until", noted)
     with pytest.raises(ValueError, match="has no chat template"):
         Harness("math500", shots=1, limit=1, chat=True)(model, tokenizer)
-    template = "{% for m in messages %}[[{{ m.role }}]]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[[bot]]{% endif %}"
+    template = (
+        "{% for m in messages %}[[{{ m.role }}]]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[[bot]]{% endif %}"
+    )
     monkeypatch.setattr(tokenizer, "chat_template", template)
     result = Harness("math500", shots=1, limit=1, chat=True)(model, tokenizer)
     asked = PUBLISHED["math500"].rows()["test"][0]["problem"]
