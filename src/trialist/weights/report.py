@@ -64,7 +64,10 @@ def cosine(product: float, first: float, second: float) -> float | None:
 
 @dataclass
 class TensorReport:
-    """One tensor of the output. `erased` of `changed` elements came out as those of the new base after rounding."""
+    """One tensor of the output. `erased` of `changed` elements came out as those of the new base after rounding.
+
+    Both are counted where the output's numbers are narrower than those of the sum.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -123,7 +126,7 @@ class DeltaReport:
 
     @property
     def erased(self) -> float | None:
-        """Share of the elements that a delta changes which rounding to the output's dtype set back to the new base's."""
+        """Share of the elements that a delta changes which rounding to a narrower dtype set back to the new base's."""
         changed = sum(tensor.changed for tensor in self.tensors)
         return sum(tensor.erased for tensor in self.tensors) / changed if changed else None
 

@@ -18,8 +18,8 @@ from trialist.weights.writing import TensorFile, ordered
 
 BLOCK = 1 << 18
 """Elements of a tensor that are in memory at once, times the number of models and a handful of temporaries"""
-AHEAD = 2
-"""Stretches that are read before they are needed"""
+AHEAD, BEHIND = 4, 16
+"""Stretches that are read before they are needed, and that wait to be written while the disk is busy"""
 
 Progress = Callable[[int, int], None]
 """Called with elements done and elements in all"""
@@ -75,19 +75,22 @@ class Summing:
     def _sum(self, part: Part, stored: Tensor, operands: Operands) -> Tensor:
         """stored, operands: flat, of one length; the operands post and base in turn."""
         new = theta = stored.to(self.dtype)
+        narrows = part.dtype.itemsize < self.dtype.itemsize
         reached: Tensor | None = None  # not 0 where a delta is not 0
         for place, number in enumerate(part.deltas):
             post, base = (tensor.to(self.dtype) for tensor in operands[2 * place : 2 * place + 2])
             delta = post - base
             self._measure(part, number, base, new, delta)
             theta = torch.add(theta, delta, alpha=self.deltas[number].alpha)
-            reached = delta if reached is None else reached.abs() + delta.abs()
+            if narrows:
+                reached = delta if reached is None else reached.abs() + delta.abs()
         result = self._round(part, theta)
-        plain = stored if stored.dtype == part.dtype else new.to(part.dtype)
-        changed = int(torch.count_nonzero(reached))
-        part.report.changed += changed
-        # without a delta the result is the new base's; counting non-zero numbers is cheaper than comparing
-        part.report.erased += changed - int(torch.count_nonzero(result - plain))
+        if reached is not None:
+            plain = stored if stored.dtype == part.dtype else new.to(part.dtype)
+            changed = int(torch.count_nonzero(reached))
+            part.report.changed += changed
+            # without a delta the result is the new base's; counting non-zero numbers is cheaper than comparing
+            part.report.erased += changed - int(torch.count_nonzero(result - plain))
         return result
 
     def _by_token(self, part: Part, start: int, stop: int, operands: Operands) -> Tensor:
@@ -129,17 +132,16 @@ class Summing:
     def _measure(self, part: Part, number: int, base: Tensor, new: Tensor, delta: Tensor) -> None:
         while len(part.report.deltas) < len(self.deltas):
             part.report.deltas.append(DeltaStatistics())
-        sums = part.report.deltas[number]
-        before = DeltaStatistics(**vars(sums))
-        sums.add(base, new, delta)
-        if math.isfinite(sums.delta + sums.shift + sums.base + sums.new):
-            return
-        models = {self.new.name: new, self.deltas[number].base.name: base, self.deltas[number].post.name: delta}
-        for name, tensor in models.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{part.name} of {name} holds values that are not finite; the model is damaged")
-        part.report.deltas[number] = before  # squares beyond the range of float32
-        before.add(base.double(), new.double(), delta.double())
+        block = DeltaStatistics()
+        block.add(base, new, delta)
+        if not math.isfinite(block.delta + block.shift + block.base + block.new):
+            models = {self.new.name: new, self.deltas[number].base.name: base, self.deltas[number].post.name: delta}
+            for name, tensor in models.items():
+                if not bool(torch.isfinite(tensor).all()):
+                    raise ValueError(f"{part.name} of {name} holds values that are not finite; the model is damaged")
+            block = DeltaStatistics()  # squares beyond the range of float32
+            block.add(base.double(), new.double(), delta.double())
+        part.report.deltas[number].merge(block)
 
     def _round(self, part: Part, theta: Tensor) -> Tensor:
         result = theta.to(part.dtype)
@@ -213,7 +215,7 @@ def stream(summing: Summing, parts: Sequence[Part], files: Files | None, progres
     done = 0
     tasks: Iterator[Task] = ((part, start, stop) for part in parts for start, stop in part.blocks(BLOCK))
     ahead: deque[tuple[Task, Future[Operands]]] = deque()
-    writing: Future[None] | None = None
+    behind: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         try:
             while True:
@@ -223,19 +225,21 @@ def stream(summing: Summing, parts: Sequence[Part], files: Files | None, progres
                     break
                 task, reading = ahead.popleft()
                 piece = summing.compute(task, reading.result())
-                if writing is not None:
-                    writing.result()
                 if files is not None:
-                    writing = writer.submit(files.write, task[0], piece)
+                    behind.append(writer.submit(files.write, task[0], piece))
+                    if len(behind) > BEHIND:
+                        behind.popleft().result()
                 done += piece.numel()
                 progress(done, total)
+            while behind:
+                behind.popleft().result()
             if files is not None:
-                if writing is not None:
-                    writing.result()
                 files.close()
         except BaseException:
             for _, reading in ahead:
                 reading.cancel()
+            for writing in behind:
+                writing.cancel()
             if files is not None:
                 writer.submit(files.abandon)
             raise

@@ -21,6 +21,9 @@ from torch import Tensor
 
 from trialist.weights.checkpoint import CODES
 
+SYNC_BYTES = 64 << 20
+"""Written bytes after which a file is brought to the disk"""
+
 Layout = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
 """Name, dtype and shape of each tensor of a file, in the order of their bytes"""
 
@@ -103,15 +106,19 @@ class TensorFile:
             place = end
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)  # the format aligns the first tensor to 8 bytes
-        self.path, self.missing = path, place
+        self.path, self.missing, self.unsynced = path, place, 0
         self.file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by `close` or `abandon`
         self.file.write(struct.pack("<Q", len(encoded)) + encoded)
 
     def write(self, piece: Tensor) -> None:
         view = memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy())
         self.missing -= len(view)
+        self.unsynced += len(view)
         while view:
             view = view[self.file.write(view) :]
+        if self.unsynced > SYNC_BYTES:  # while the next stretches are computed, not all at the end
+            os.fdatasync(self.file.fileno())
+            self.unsynced = 0
 
     def close(self) -> None:
         """Brings the file to the disk. Raises RuntimeError when it got more or fewer bytes than its layout says."""
