@@ -56,7 +56,7 @@ def nats(model, rows: dict[str, Tensor]) -> float:  # type: ignore[no-untyped-de
 
 @pytest.mark.parametrize(("total", "step"), [(40, 1), (33, 1), (17, 1), (24, 4), (9, 3)])
 def test_tokens_go_where_they_lower_a_convex_loss_most(decoder, monkeypatch, total: int, step: int) -> None:
-    from trialist.models import calibration
+    from trialist.models.eviction import calibration
 
     model = decoder(*["selective_attention"] * 3)
 
@@ -113,7 +113,7 @@ def loss_with(model, rows: dict[str, Tensor], budgets: list[int]) -> float:  # t
 
 
 def test_no_allocation_is_evaluated_twice_and_progress_is_told(build, monkeypatch) -> None:
-    from trialist.models import calibration
+    from trialist.models.eviction import calibration
 
     model, seen, told = build("decoder"), [], []
     evaluate = calibration._loss

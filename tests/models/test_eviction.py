@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tests.models.conftest import SIZES
-from trialist.models import disable_eviction, enable_eviction, enable_selective_attention, eviction_swap, load_model
-from trialist.models.eviction import HeavyHitters, Recency, attend_evicting
-from trialist.models.eviction_cache import EvictingCacheLayer, cache_bytes
+from trialist.models import disable_eviction, enable_eviction, enable_selective_attention, load_model
+from trialist.models.eviction import swap
+from trialist.models.eviction.cache import EvictingCacheLayer, cache_bytes
+from trialist.models.eviction.policies import HeavyHitters, Recency, attend_evicting
 from trialist.models.masks import visible_columns
 
 GREEDY = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -145,12 +146,12 @@ def test_pieces_give_the_definition_and_keep_its_survivors(policy, pieces: list[
 
 
 def test_heavy_hitters_in_small_blocks_of_queries_are_the_same(monkeypatch) -> None:
-    from trialist.models import eviction
+    from trialist.models.eviction import policies as module
 
     query, key, value = states()
     mask = layout("left padding")[:, None]
     expected = evicting(query, key, value, mask, HeavyHitters(), 5)
-    monkeypatch.setattr(eviction, "LOGITS", 2 * 4 * 13 * 3)
+    monkeypatch.setattr(module, "LOGITS", 2 * 4 * 13 * 3)
     torch.testing.assert_close(evicting(query, key, value, mask, HeavyHitters(), 5), expected)
 
 
@@ -224,7 +225,7 @@ def test_logits_of_a_model_are_those_of_the_definition_in_every_layer(
         )
         return by_steps(query, key, value, visible, budget, scaling, policy)[0], None
 
-    monkeypatch.setattr(eviction_swap, "attend_evicting", naive)
+    monkeypatch.setattr(swap, "attend_evicting", naive)
     expected = model(ids, attention_mask=mask, use_cache=False).logits
     assert seen == BUDGETS
     torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], rtol=1e-9, atol=1e-9)

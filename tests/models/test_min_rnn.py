@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from trialist.models import MinGRU, MinLSTM
-from trialist.models.gru import GRU
-from trialist.models.min_rnn import kept_log_odds
+from trialist.models.recurrent.gru import GRU
+from trialist.models.recurrent.min_rnn import kept_log_odds
 
 CELLS = {
     "min_gru": lambda: MinGRU(5, expansion=1.4),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trialist.kernels.expert_lookup import expert_lookup
 from trialist.models import PEER, flops_per_token
-from trialist.models.peer import second_moment, shell_id, shell_pair
+from trialist.models.peer.layer import second_moment, shell_id, shell_pair
 from trialist.optimizers import adamw
 
 SMALL = {"hidden_size": 12, "num_experts": 49, "num_heads": 3, "top_k": 4, "key_dim": 6}

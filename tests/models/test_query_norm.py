@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trialist.models.query_norm import QueryBatchNorm, QueryLayerNorm
+from trialist.models.peer.query_norm import QueryBatchNorm, QueryLayerNorm
 
 
 def batch_norm(seed: int = 0) -> QueryBatchNorm:

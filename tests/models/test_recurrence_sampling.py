@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from trialist.models.recurrence_sampling import counter_normal, expected_steps, sample_recurrence
+from trialist.models.recurrent_depth.sampling import counter_normal, expected_steps, sample_recurrence
 
 
 def test_lognormal_poisson_steps_have_the_mean_and_spread_of_the_closed_form() -> None:

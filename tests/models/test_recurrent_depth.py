@@ -17,7 +17,7 @@ from trialist.models import (
     initialize_,
     selected_logprobs,
 )
-from trialist.models.recurrent_depth_steps import depth_of, deterministic_scoring
+from trialist.models.recurrent_depth.steps import depth_of, deterministic_scoring
 
 
 @pytest.fixture

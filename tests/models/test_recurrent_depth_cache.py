@@ -7,8 +7,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests.models.recurrent import GREEDY, recurrent
-from trialist.models.recurrent_depth_cache import RecurrentDepthCache
-from trialist.models.recurrent_depth_steps import depth_of
+from trialist.models.recurrent_depth.cache import RecurrentDepthCache
+from trialist.models.recurrent_depth.steps import depth_of
 
 VARIANTS = {
     "sandwich": {},

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
 
 from tests.models.recurrent import GREEDY
-from trialist.models.recurrent_depth_convert import to_recurrent
-from trialist.models.recurrent_depth_steps import depth_of, set_mean_recurrence
+from trialist.models.recurrent_depth.convert import to_recurrent
+from trialist.models.recurrent_depth.steps import depth_of, set_mean_recurrence
 
 SIZES = {
     "vocab_size": 37, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 6, "num_attention_heads": 6,

@@ -9,8 +9,8 @@ from torch.nn.functional import cosine_similarity, kl_div
 from transformers import DynamicCache
 
 from tests.models.recurrent import GREEDY, recurrent
-from trialist.models.recurrent_depth_exit import change
-from trialist.models.recurrent_depth_steps import depth_of
+from trialist.models.recurrent_depth.exit import change
+from trialist.models.recurrent_depth.steps import depth_of
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.models.recurrent import recurrent
-from trialist.models.recurrent_depth_convert import start_from_identity
-from trialist.models.recurrent_depth_health import recurrence_gain, token_correlation
-from trialist.models.recurrent_depth_steps import depth_of
+from trialist.models.recurrent_depth.convert import start_from_identity
+from trialist.models.recurrent_depth.health import recurrence_gain, token_correlation
+from trialist.models.recurrent_depth.steps import depth_of
 
 
 def test_token_correlation_is_the_mean_over_pairs_of_real_tokens() -> None:

@@ -15,7 +15,7 @@ from trialist.models import (
     initialize_,
 )
 from trialist.models.documents import keeps_documents_apart
-from trialist.models.recurrent_mixer import CausalConvolution, tokens_since
+from trialist.models.recurrent.mixer import CausalConvolution, tokens_since
 
 GREEDY = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 VARIANTS = {

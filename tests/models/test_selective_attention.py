@@ -11,8 +11,8 @@ from torch import Tensor
 from tests.models.conftest import FAMILIES, SIZES, sharpen
 from trialist.models import disable_selective_attention, enable_selective_attention, load_model
 from trialist.models.masks import first_tokens
-from trialist.models.selective_cache import SelectiveCacheLayer
-from trialist.models.selective_mixer import attend_selectively
+from trialist.models.selective_attention.cache import SelectiveCacheLayer
+from trialist.models.selective_attention.mixer import attend_selectively
 
 GREEDY = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 

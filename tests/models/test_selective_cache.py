@@ -7,8 +7,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from trialist.models import SelectiveCacheLayer, StaticSelectiveCacheLayer, enable_selective_attention
-from trialist.models.selective_cache import UNDO_WINDOW, selective_layer
-from trialist.models.selective_mixer import attend_selectively
+from trialist.models.selective_attention.cache import UNDO_WINDOW, selective_layer
+from trialist.models.selective_attention.mixer import attend_selectively
 
 
 def states(T: int, B: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

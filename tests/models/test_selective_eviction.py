@@ -10,11 +10,12 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import Tensor
 from transformers import DynamicCache
 
-from trialist.models import ModularDecoderConfig, enable_selective_attention, selective_attention, selective_mixer
-from trialist.models.eviction_cache import UNDO_WINDOW, cache_bytes
+from trialist.models import ModularDecoderConfig, enable_selective_attention
+from trialist.models.eviction.cache import UNDO_WINDOW, cache_bytes
 from trialist.models.masks import visible_columns
-from trialist.models.selective_cache import SelectiveCacheLayer, StaticSelectiveCacheLayer
-from trialist.models.selective_mixer import attend_selectively
+from trialist.models.selective_attention import mixer, swap
+from trialist.models.selective_attention.cache import SelectiveCacheLayer, StaticSelectiveCacheLayer
+from trialist.models.selective_attention.mixer import attend_selectively
 
 GREEDY = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -191,7 +192,7 @@ def naive(query, key, value, mask, *, scaling, selector_head, protect_bos, budge
 def test_logits_of_a_model_are_those_of_the_definition_in_every_layer(pruned, padded, monkeypatch, name: str) -> None:
     model, (ids, mask) = pruned(name).double(), padded
     logits = model(ids, attention_mask=mask, use_cache=False).logits
-    for module in (selective_mixer, selective_attention):
+    for module in (mixer, swap):
         monkeypatch.setattr(module, "attend_selectively", naive)
     expected = model(ids, attention_mask=mask, use_cache=False).logits
     torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], rtol=1e-9, atol=1e-9)

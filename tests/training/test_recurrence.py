@@ -6,8 +6,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from tests.training.conftest import VOCABULARY, tiny_llama
 from trialist.models import ModularDecoderConfig, ModularDecoderForCausalLM, flops_per_token, initialize_
-from trialist.models.recurrence_sampling import sample_recurrence
-from trialist.models.recurrent_depth_steps import depth_of
+from trialist.models.recurrent_depth.sampling import sample_recurrence
+from trialist.models.recurrent_depth.steps import depth_of
 from trialist.objectives import CrossEntropy
 from trialist.optimizers import adamw
 from trialist.training import ObjectiveTrainer, RecurrenceCallback, fit

@@ -87,7 +87,7 @@ def test_a_given_model_goes_through_the_same_path_and_loses_the_arm_it_cannot_ha
     assert selective.metrics != standard.metrics
 
     from trialist.models.loading import load_model
-    from trialist.models.selective_attention import is_selective
+    from trialist.models.selective_attention.swap import is_selective
 
     assert is_selective(load_model(str(model_folder(tmp_path))))
 

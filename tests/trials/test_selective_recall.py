@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.trials.conftest import arm_of
-from trialist.trials.selective_recall import SelectiveRecallTrial, accuracy, symbol_ids
+from trialist.trials._symbols import accuracy, symbol_ids
+from trialist.trials.selective_recall import SelectiveRecallTrial
 
 SMALL = {"layers": 1, "width": 16, "heads": 2, "fewest": 2, "most": 3, "batch": 16, "steps": 15, "test_items": 7}
 

@@ -164,7 +164,7 @@ def test_peak_memory_is_a_few_stretches_however_large_the_tensors(tmp_path):
     configure(tmp_path / "tiny", model_type="probe")
     places = [str(tmp_path / name) for name in ("base", "post", "new", "tiny", "out")]
     done = subprocess.run([sys.executable, "-c", MEASURED, *places], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 12  # MB; one of the tensors alone has 42
+    assert float(done.stdout) < 42 / 2  # MB; one of the tensors alone has 42, what the allocator keeps about 10
 
 
 def test_the_record_says_what_was_done(family, tmp_path):

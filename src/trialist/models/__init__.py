@@ -2,32 +2,32 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from trialist.models.calibration import calibrate_budgets, get_budgets, kv_bytes, memory_profile, set_budgets
 from trialist.models.configuration import ModularDecoderConfig
 from trialist.models.decoder import (
     ModularDecoderForCausalLM,
     ModularDecoderForSequenceClassification,
     ModularDecoderModel,
 )
-from trialist.models.eviction import HeavyHitters, Recency
-from trialist.models.eviction_cache import EvictingCacheLayer, cache_bytes
-from trialist.models.eviction_swap import disable_eviction, enable_eviction
+from trialist.models.eviction.cache import EvictingCacheLayer, cache_bytes
+from trialist.models.eviction.calibration import calibrate_budgets, get_budgets, kv_bytes, memory_profile, set_budgets
+from trialist.models.eviction.policies import HeavyHitters, Recency
+from trialist.models.eviction.swap import disable_eviction, enable_eviction
 from trialist.models.flops import flops_per_token
 from trialist.models.initialization import initialize_
 from trialist.models.loading import count_parameters, load_model, model_digest
-from trialist.models.min_rnn import MinGRU, MinLSTM
-from trialist.models.peer import PEER
-from trialist.models.peer_feed_forward import grow_experts, peer_metrics
-from trialist.models.recurrent_cache import RecurrentStateLayer
-from trialist.models.recurrent_depth import RecurrentDepth
-from trialist.models.recurrent_depth_cache import RecurrentDepthCache
-from trialist.models.recurrent_depth_convert import to_recurrent
-from trialist.models.recurrent_depth_health import recurrence_gain, token_correlation
-from trialist.models.recurrent_depth_steps import deterministic_scoring, set_mean_recurrence
+from trialist.models.peer.feed_forward import grow_experts, peer_metrics
+from trialist.models.peer.layer import PEER
+from trialist.models.recurrent.cache import RecurrentStateLayer
+from trialist.models.recurrent.min_rnn import MinGRU, MinLSTM
+from trialist.models.recurrent_depth.cache import RecurrentDepthCache
+from trialist.models.recurrent_depth.convert import to_recurrent
+from trialist.models.recurrent_depth.health import recurrence_gain, token_correlation
+from trialist.models.recurrent_depth.loop import RecurrentDepth
+from trialist.models.recurrent_depth.steps import deterministic_scoring, set_mean_recurrence
 from trialist.models.scoring import selected_logprobs
-from trialist.models.selective_attention import disable_selective_attention, enable_selective_attention
-from trialist.models.selective_cache import SelectiveCacheLayer, StaticSelectiveCacheLayer
-from trialist.models.selective_mixer import SelectiveAttention
+from trialist.models.selective_attention.cache import SelectiveCacheLayer, StaticSelectiveCacheLayer
+from trialist.models.selective_attention.mixer import SelectiveAttention
+from trialist.models.selective_attention.swap import disable_selective_attention, enable_selective_attention
 from trialist.models.swaps import swap_ffn
 
 __all__ = [

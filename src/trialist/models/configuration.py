@@ -13,14 +13,14 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from trialist.models.budgets import spread_budgets
+from trialist.models.eviction.budgets import spread_budgets
 
 MIXERS = {
     "full_attention": "trialist.models.attention:FullAttention",
-    "gru": "trialist.models.recurrent_mixer:GRUMixer",
-    "min_gru": "trialist.models.recurrent_mixer:MinGRUMixer",
-    "min_lstm": "trialist.models.recurrent_mixer:MinLSTMMixer",
-    "selective_attention": "trialist.models.selective_mixer:SelectiveAttention",
+    "gru": "trialist.models.recurrent.mixer:GRUMixer",
+    "min_gru": "trialist.models.recurrent.mixer:MinGRUMixer",
+    "min_lstm": "trialist.models.recurrent.mixer:MinLSTMMixer",
+    "selective_attention": "trialist.models.selective_attention.mixer:SelectiveAttention",
 }
 """`layer_types`: what mixes the tokens of a layer"""
 
@@ -29,13 +29,13 @@ RECURRENT_MIXERS = ("gru", "min_gru", "min_lstm")
 
 FEED_FORWARDS = {
     "gelu": "trialist.models.gelu_feed_forward:GELUFeedForward",
-    "peer": "trialist.models.peer_feed_forward:PEERFeedForward",
+    "peer": "trialist.models.peer.feed_forward:PEERFeedForward",
     "swiglu": "trialist.models.decoder:SwiGLU",
 }
 """`ffn_types`: what follows the mixer in a layer"""
 
 DEPTHS = {
-    "recurrent": "trialist.models.recurrent_depth:RecurrentDepth",
+    "recurrent": "trialist.models.recurrent_depth.loop:RecurrentDepth",
     "stack": "trialist.models.decoder:Stack",
 }
 """`depth`: how the layers are run"""
@@ -139,7 +139,7 @@ class ModularDecoderConfig(PreTrainedConfig):
     peer: dict | None = None
     """Feed-forward `peer`: the arguments of `trialist.models.PEER`, and `generations` of a pool of experts that grew"""
     recurrent: dict | None = None
-    """Recurrent depth (`depth="recurrent"`): the settings of `trialist.models.recurrent_depth`"""
+    """Recurrent depth (`depth="recurrent"`): the settings of `trialist.models.recurrent_depth.loop`"""
     selective: dict | None = None
     """Selective attention: `selector_head` (default 0), `protect_bos` (default True) and `budgets`: how many tokens a layer
     keeps, one number for all or one a selective layer in order, None for all tokens (default None)"""
@@ -178,7 +178,7 @@ class ModularDecoderConfig(PreTrainedConfig):
         """Layers that a token passes: `num_hidden_layers`, those of a recurrent core as often as they run on average."""
         if self.depth != "recurrent":
             return self.num_hidden_layers
-        from trialist.models.recurrent_depth_settings import effective_depth
+        from trialist.models.recurrent_depth.settings import effective_depth
 
         return effective_depth(self)
 
@@ -212,15 +212,15 @@ class ModularDecoderConfig(PreTrainedConfig):
             if unknown:
                 raise ValueError(f"{field} holds unknown keys {sorted(unknown)}; known are {', '.join(known)}")
         if set(RECURRENT_MIXERS) & set(self.layer_types or []):
-            from trialist.models.min_rnn import check_settings as check_min_rnn
+            from trialist.models.recurrent.min_rnn import check_settings as check_min_rnn
 
             check_min_rnn(**self.settings("min_rnn"))
         if "peer" in (self.ffn_types or []):
-            from trialist.models.peer import check_peer
+            from trialist.models.peer.layer import check_peer
 
             check_peer(**self.settings("peer"))
         if self.depth == "recurrent":
-            from trialist.models.recurrent_depth_settings import check_settings
+            from trialist.models.recurrent_depth.settings import check_settings
 
             check_settings(self)
         spread_budgets(

@@ -271,7 +271,7 @@ class ModularDecoderForCausalLM(ModularDecoderPreTrainedModel, GenerationMixin):
 
     def with_steps(self, num_steps: int, **options: Any) -> Self:
         """A model with the same weights that runs `num_steps` steps of recurrent depth, for example to draft for this one."""
-        from trialist.models.recurrent_depth_steps import with_steps
+        from trialist.models.recurrent_depth.steps import with_steps
 
         return with_steps(self, num_steps, **options)
 

@@ -14,8 +14,8 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from trialist.data import assets
-from trialist.models.eviction_swap import enable_eviction
-from trialist.models.selective_attention import enable_selective_attention
+from trialist.models.eviction.swap import enable_eviction
+from trialist.models.selective_attention.swap import enable_selective_attention
 from trialist.models.swaps import swapped_loader
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from trialist.models.attention_interface import calls_attention_interface, plain_model
-from trialist.models.peer import PEER
+from trialist.models.peer.layer import PEER
 
 SWAPS = ("peer",)
 MASK = "ffn_padding_mask"

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trialist.models.memory import record_memory
+from trialist.models.selective_attention.memory import record_memory
 from trialist.objectives.cross_entropy import IGNORED, CrossEntropy, labels_of
 
 

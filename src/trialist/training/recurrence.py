@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from trialist.models.recurrent_depth_steps import depth_of
+from trialist.models.recurrent_depth.steps import depth_of
 
 
 class RecurrenceCallback(TrainerCallback):

@@ -109,7 +109,7 @@ class ModelEvaluation(EvaluationOptions, Trial):
         tokenizer = load_tokenizer(self.model)
         model = load_model(self.model, dtype=self.dtype, device=resolve_device(self.device))
         if self.num_steps is not None:
-            from trialist.models.recurrent_depth_steps import set_num_steps
+            from trialist.models.recurrent_depth.steps import set_num_steps
 
             set_num_steps(model, self.num_steps)
         return measure(self.evaluation, model, tokenizer, context, batch=self.batch, seed=seed)

@@ -15,7 +15,7 @@ from trialist.engine.hardware import resolve_device
 from trialist.trials._language_model import BUILT_IN, given_model, model_inputs, new_decoder, train
 
 if TYPE_CHECKING:
-    from trialist.data.facts import FactWorld
+    from trialist.data.fact_world import FactWorld
     from trialist.trials.param_delta import ParamDeltaTrial
 
 FOREIGN_SEED = 500_000
@@ -31,7 +31,7 @@ class FactModels:
 
     @functools.cached_property
     def world(self) -> FactWorld:
-        from trialist.data.facts import FactWorld
+        from trialist.data.fact_world import FactWorld
 
         return FactWorld(self.context.stream("facts"), old=self.trial.old, new=self.trial.new, names=self.trial.names)
 
@@ -85,7 +85,7 @@ class FactModels:
         """Turns batches into the model's token ids, on its device; those of a given model are spread over its vocabulary."""
         import torch
 
-        from trialist.trials.selective_recall import symbol_ids
+        from trialist.trials._symbols import symbol_ids
 
         size = self.world.size
         ids = torch.arange(size) if self.trial.model == BUILT_IN else symbol_ids(model.config.vocab_size, size)
@@ -104,7 +104,7 @@ class FactModels:
         """On questions whose entities no fine-tuning saw, and nats per token of statements about all of them."""
         import torch
 
-        from trialist.data.facts import StatementBatches
+        from trialist.data.fact_world import StatementBatches
         from trialist.models.loading import load_model
         from trialist.objectives.cross_entropy import CrossEntropy
 
@@ -126,7 +126,7 @@ class FactModels:
 
 def build_base(models: FactModels, context: Context, afresh: bool, folder: Path) -> None:
     """afresh: the weights of a given model are drawn anew first."""
-    from trialist.data.facts import StatementBatches
+    from trialist.data.fact_world import StatementBatches
     from trialist.models.initialization import initialize_
 
     trial = models.trial
@@ -146,7 +146,7 @@ def build_base(models: FactModels, context: Context, afresh: bool, folder: Path)
 
 
 def build_new(models: FactModels, context: Context, base: Path, steps: int, folder: Path) -> None:
-    from trialist.data.facts import StatementBatches
+    from trialist.data.fact_world import StatementBatches
     from trialist.models.loading import load_model
 
     trial = models.trial
@@ -158,7 +158,7 @@ def build_new(models: FactModels, context: Context, base: Path, steps: int, fold
 
 def build_answering(models: FactModels, start: Path, steps: int, rate: float, folder: Path) -> None:
     """Any model, taught by the same questions in the same order."""
-    from trialist.data.facts import QuestionBatches
+    from trialist.data.fact_world import QuestionBatches
     from trialist.models.loading import load_model
 
     trial = models.trial

@@ -161,7 +161,7 @@ def given_model(
 
 
 def selective_in_place(model: PreTrainedModel) -> None:
-    from trialist.models.selective_attention import enable_selective_attention
+    from trialist.models.selective_attention.swap import enable_selective_attention
 
     enable_selective_attention(model)
 

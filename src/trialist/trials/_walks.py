@@ -99,7 +99,7 @@ class Walker:
     def _given(self, context: Context, settings: Mapping[str, Any]) -> PreTrainedModel:
         import torch
 
-        from trialist.models.recurrent_depth_convert import to_recurrent
+        from trialist.models.recurrent_depth.convert import to_recurrent
 
         plain = given_model(context, self.model, device=self.device, lora=0 if self.kind != "stack" else self.lora)
         if self.kind == "stack":
@@ -116,7 +116,7 @@ class Walker:
 
     def symbols(self, model: PreTrainedModel, context: Context) -> Tensor:
         """The model's token id of each token of the task."""
-        from trialist.trials.selective_recall import symbol_ids
+        from trialist.trials._symbols import symbol_ids
 
         return symbol_ids(model.config.vocab_size, self.graph(context).size)
 

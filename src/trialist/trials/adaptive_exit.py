@@ -47,7 +47,7 @@ class AdaptiveExitTrial(WalkTrial):
         "gpu": dict(width=256, heads=8, layers="1,2,1", nodes=16, letters=8, hops=16, recurrence=16, batch=256, steps=4_000,
                     test_items=2048, seeds=6, about="minutes on one GPU"),
     }  # fmt: skip
-    preload = (*PRELOAD, "trialist.data.walks", "trialist.models.recurrent_depth")
+    preload = (*PRELOAD, "trialist.data.walks", "trialist.models.recurrent_depth.loop")
     versions = VERSIONS
     usage = 'model.generate(ids, num_steps=32, exit_criterion="latent_diff", exit_threshold=0.03)'
 

@@ -121,7 +121,7 @@ class LifelongExpertsTrial(Trial):
             )
         if self.classes < 2:
             raise ValueError(f"--classes must be at least 2, not {self.classes}")
-        from trialist.models.peer import check_peer, sides_of
+        from trialist.models.peer.layer import check_peer, sides_of
 
         check_peer(**self.settings)
         if sides_of(self.grown, None)[0] <= math.isqrt(self.experts):
@@ -238,7 +238,7 @@ class LifelongExpertsTrial(Trial):
         """Grows the pool and freezes what the arm does not train."""
         import torch
 
-        from trialist.models.peer_feed_forward import grow_experts, peer_layers
+        from trialist.models.peer.feed_forward import grow_experts, peer_layers
 
         layers = peer_layers(model).values()
         if arm["trained"] != "all":

@@ -15,7 +15,7 @@ from trialist.engine.contract import Arm, Budget, Claim, Endpoint, Outcome, Tria
 from trialist.engine.hardware import resolve_device
 from trialist.trials._equal_parameters import parameters, widened
 from trialist.trials._language_model import PRELOAD, VERSIONS, check_inputs, new_decoder, train
-from trialist.trials.selective_recall import accuracy, mean_loss
+from trialist.trials._symbols import accuracy, mean_loss
 
 LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
 VALIDATION, EVALUATION = 31_001, 31_002

@@ -48,7 +48,7 @@ class ParamDeltaTrial(Trial):
         "gpu": dict(layers=8, width=384, heads=8, old=1024, new=1024, names=64, steps=6_000, continued=3_000, sft_steps=2_000,
                     batch=64, learning_rate=1e-3, seeds=6, about="under an hour on one GPU"),
     }  # fmt: skip
-    preload = (*PRELOAD, "trialist.data.facts", "trialist.weights.arithmetic")
+    preload = (*PRELOAD, "trialist.data.fact_world", "trialist.weights.arithmetic")
     versions = VERSIONS
     usage = (
         "from trialist.weights import apply_param_delta\n"

@@ -12,7 +12,7 @@ from trialist.engine.contract import Arm, Budget, Claim, Endpoint, Outcome, Tria
 from trialist.engine.hardware import resolve_device
 from trialist.trials._facts import LENGTH, as_tokens, dense_width, fact_decoder, recall
 from trialist.trials._language_model import BUILT_IN, PRELOAD, VERSIONS, check_inputs, given_model, model_inputs, train
-from trialist.trials.selective_recall import symbol_ids
+from trialist.trials._symbols import symbol_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,7 +118,7 @@ class PEERTrial(Trial):
             raise ValueError(f"--classes must be at least 2, not {self.classes}")
         if self.model == BUILT_IN and self.width % self.heads:
             raise ValueError(f"--width {self.width} must be a multiple of --heads {self.heads}")
-        from trialist.models.peer import check_peer
+        from trialist.models.peer.layer import check_peer
 
         check_peer(**self.settings)
 
@@ -197,7 +197,7 @@ class PEERTrial(Trial):
 
     def run(self, arm: Arm, seed: int, context: Context) -> Outcome:
         from trialist.data.key_facts import FactBatches, draw_facts, fact_batch
-        from trialist.models.peer_feed_forward import peer_metrics
+        from trialist.models.peer.feed_forward import peer_metrics
 
         device = resolve_device(self.device)
         model = self.build(arm, context, device)

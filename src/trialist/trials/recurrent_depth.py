@@ -45,7 +45,7 @@ class RecurrentDepthTrial(WalkTrial):
         "gpu": dict(width=256, heads=8, layers="1,2,1", nodes=16, letters=8, hops=16, recurrence=16, batch=256, steps=4_000,
                     test_items=2048, seeds=6, about="minutes on one GPU"),
     }  # fmt: skip
-    preload = (*PRELOAD, "trialist.data.walks", "trialist.models.recurrent_depth")
+    preload = (*PRELOAD, "trialist.data.walks", "trialist.models.recurrent_depth.loop")
     versions = VERSIONS
     usage = (
         "from trialist.models import ModularDecoderConfig, ModularDecoderForCausalLM\n"
@@ -123,7 +123,7 @@ class RecurrentDepthTrial(WalkTrial):
         """Accuracy by hops and steps, and whether the recurrence is alive."""
         import torch
 
-        from trialist.models.recurrent_depth_health import recurrence_gain, token_correlation
+        from trialist.models.recurrent_depth.health import recurrence_gain, token_correlation
 
         symbols = walker.symbols(model, context)
         items = walker.items(context, EVALUATION, self.test_items, self.longest)

@@ -24,13 +24,13 @@ from transformers import Cache
 
 from trialist.kernels.selective import selective_attention
 from trialist.models.attention import FullAttention
-from trialist.models.budgets import spread_budgets
 from trialist.models.configuration import ModularDecoderConfig
-from trialist.models.eviction_cache import UNDO_WINDOW
+from trialist.models.eviction.budgets import spread_budgets
+from trialist.models.eviction.cache import UNDO_WINDOW
 from trialist.models.masks import first_tokens, narrow, silence_padding
-from trialist.models.memory import MemoryRecord
-from trialist.models.selective_cache import SelectiveCacheLayer, StaticSelectiveCacheLayer
-from trialist.models.selective_eviction import Selector, refuse_static
+from trialist.models.selective_attention.cache import SelectiveCacheLayer, StaticSelectiveCacheLayer
+from trialist.models.selective_attention.eviction import Selector, refuse_static
+from trialist.models.selective_attention.memory import MemoryRecord
 
 CacheLayer = SelectiveCacheLayer | StaticSelectiveCacheLayer
 
@@ -53,7 +53,7 @@ def attend_selectively(
     """Output `(B, T, H, D)` of selective attention; with `layer`, F continues from earlier calls and is stored back.
 
     query `(B, H, T, D)`; key, value `(B, G, S, D)` as the cache returned them; attention_mask as transformers builds
-    it. With `budget`, a query sees at most that many tokens and itself (see `trialist.models.selective_eviction`), and
+    it. With `budget`, a query sees at most that many tokens and itself (see `trialist.models.selective_attention.eviction`), and
     `layer` drops what was evicted. `memory` takes M of this layer.
     """
     (B, H, T, _), S, device = query.shape, key.shape[2], query.device

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trialist.models.configuration import ModularDecoderConfig
-from trialist.models.peer import PEER, second_moment
+from trialist.models.peer.layer import PEER, second_moment
 
 
 class PEERFeedForward(PEER):

@@ -19,7 +19,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from trialist.models.eviction_cache import UNDO_WINDOW, EvictingCacheLayer
+from trialist.models.eviction.cache import UNDO_WINDOW, EvictingCacheLayer
 
 __all__ = ["UNDO_WINDOW", "SelectiveCacheLayer", "StaticSelectiveCacheLayer", "selective_layer", "take_over"]
 

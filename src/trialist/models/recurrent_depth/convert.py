@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from trialist.models.configuration import SETTINGS, ModularDecoderConfig
 from trialist.models.decoder import ModularDecoderForCausalLM
-from trialist.models.recurrent_depth import Core
-from trialist.models.recurrent_depth_steps import depth_of
+from trialist.models.recurrent_depth.loop import Core
+from trialist.models.recurrent_depth.steps import depth_of
 
 OURS = {
     "input_layernorm": "mixer_norm",

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from trialist.kernels.eviction import evict
-from trialist.models.budgets import LEAST
-from trialist.models.eviction_cache import UNDO_WINDOW, EvictingCacheLayer, State, kept_entries
+from trialist.models.eviction.budgets import LEAST
+from trialist.models.eviction.cache import UNDO_WINDOW, EvictingCacheLayer, State, kept_entries
 from trialist.models.masks import narrow, silence_padding, visible_columns
 
 LOGITS = 2**24

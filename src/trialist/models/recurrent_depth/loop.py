@@ -30,10 +30,10 @@ from transformers import initialization as init
 
 from trialist.models.configuration import ModularDecoderConfig
 from trialist.models.decoder import DecoderBlock
-from trialist.models.recurrence_sampling import counter_normal, expected_steps, sample_recurrence
-from trialist.models.recurrent_depth_cache import RecurrentDepthCache
-from trialist.models.recurrent_depth_exit import ExitPass
-from trialist.models.recurrent_depth_settings import (
+from trialist.models.recurrent_depth.cache import RecurrentDepthCache
+from trialist.models.recurrent_depth.exit import ExitPass
+from trialist.models.recurrent_depth.sampling import counter_normal, expected_steps, sample_recurrence
+from trialist.models.recurrent_depth.settings import (
     CALL_OPTIONS,
     RecurrentSettings,
     check_exit,

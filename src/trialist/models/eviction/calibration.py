@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from trialist.models.attention_interface import plain_model
-from trialist.models.budgets import LEAST, Budgets, spread_budgets
-from trialist.models.eviction_cache import cache_bytes
-from trialist.models.memory import record_memory
+from trialist.models.eviction.budgets import LEAST, Budgets, spread_budgets
+from trialist.models.eviction.cache import cache_bytes
 from trialist.models.scoring import selected_logprobs
+from trialist.models.selective_attention.memory import record_memory
 
 Rows: TypeAlias = Tensor | Mapping[str, Tensor]
 """Token ids `(N, T)`, or a batch of N rows with `input_ids` and what else `selected_logprobs` takes"""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trialist.kernels.eviction import evict, keep_index
-from trialist.models.eviction_cache import EvictingCacheLayer, State, kept_entries
+from trialist.models.eviction.cache import EvictingCacheLayer, State, kept_entries
 from trialist.models.masks import visible_columns
 
 

@@ -19,10 +19,10 @@ from trialist.models.attention_interface import (
     refuse_unsupported,
     standard_attention,
 )
-from trialist.models.budgets import Budgets, spread_budgets
-from trialist.models.eviction import POLICIES, Policy, attend_evicting
-from trialist.models.eviction_cache import EvictingCacheLayer
-from trialist.models.selective_cache import take_over
+from trialist.models.eviction.budgets import Budgets, spread_budgets
+from trialist.models.eviction.cache import EvictingCacheLayer
+from trialist.models.eviction.policies import POLICIES, Policy, attend_evicting
+from trialist.models.selective_attention.cache import take_over
 
 
 def _evicting_forward(base: str) -> Any:
@@ -92,7 +92,7 @@ def enable_eviction(
     Works for decoders that use the attention interface of transformers. Nothing is trained or added. With a policy given
     by name the settings are written to `model.config.eviction`, so `trialist.models.load_model` enables them again.
 
-    policy: `recency` (option `sinks`), `h2o` (option `recent_share`), or an object as `trialist.models.eviction` describes.
+    policy: `recency` (option `sinks`), `h2o` (option `recent_share`), or a `trialist.models.eviction.policies.Policy`.
     budgets: tokens a layer keeps, one number or one a layer of `layers`, in order; None keeps all, which is exactly the
         full cache.
 

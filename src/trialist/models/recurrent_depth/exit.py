@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from trialist.models.recurrent_depth_cache import RecurrentDepthCache, SlotView
-from trialist.models.recurrent_depth_settings import RecurrentSettings
+from trialist.models.recurrent_depth.cache import RecurrentDepthCache, SlotView
+from trialist.models.recurrent_depth.settings import RecurrentSettings
 
 LATENT = ("latent_diff", "cosine")
 

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from trialist.models.recurrent_depth import RecurrentDepth
-from trialist.models.recurrent_depth_settings import settings_of, split_steps, with_changes
+from trialist.models.recurrent_depth.loop import RecurrentDepth
+from trialist.models.recurrent_depth.settings import settings_of, split_steps, with_changes
 
 Model = TypeVar("Model", bound=nn.Module)
 

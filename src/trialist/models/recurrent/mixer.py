@@ -19,9 +19,9 @@ from transformers import initialization as init
 
 from trialist.kernels.causal_conv import causal_conv
 from trialist.models.configuration import ModularDecoderConfig
-from trialist.models.gru import GRU
-from trialist.models.min_rnn import MinGRU, MinLSTM
-from trialist.models.recurrent_cache import recurrent_layer
+from trialist.models.recurrent.cache import recurrent_layer
+from trialist.models.recurrent.gru import GRU
+from trialist.models.recurrent.min_rnn import MinGRU, MinLSTM
 
 
 class CausalConvolution(nn.Module):

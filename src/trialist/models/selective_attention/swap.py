@@ -26,10 +26,10 @@ from trialist.models.attention_interface import (
     refuse_unsupported,
     standard_attention,
 )
-from trialist.models.budgets import Budgets, spread_budgets
+from trialist.models.eviction.budgets import Budgets, spread_budgets
 from trialist.models.masks import first_tokens, visible_columns
-from trialist.models.selective_cache import selective_layer
-from trialist.models.selective_mixer import CacheLayer, attend_selectively
+from trialist.models.selective_attention.cache import selective_layer
+from trialist.models.selective_attention.mixer import CacheLayer, attend_selectively
 
 
 def _selective_forward(base: str) -> Any:
@@ -124,7 +124,7 @@ def enable_selective_attention(
         select least on `inputs` (token ids `(B, T)`), the gentlest start for a pretrained model.
     protect_bos: never hide the first real token.
     budgets: how many tokens a layer keeps, one number or one a layer of `layers`; None keeps all. See
-        `trialist.models.selective_eviction`, and `calibrate_budgets` for good ones.
+        `trialist.models.selective_attention.eviction`, and `calibrate_budgets` for good ones.
 
     Raises ValueError for encoders, cross attention, sliding windows, soft-capped logits, attention sinks and heads or
     layers that do not exist. A pretrained model gets worse at first: its heads were not trained to select.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trialist.data.facts import (
+from trialist.data.fact_world import (
     ANSWER,
     BOS,
     END,

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from trialist.models.recurrent_depth_settings import layer_counts, settings_of
+from trialist.models.recurrent_depth.settings import layer_counts, settings_of
 
 if TYPE_CHECKING:
     from trialist.models.configuration import ModularDecoderConfig

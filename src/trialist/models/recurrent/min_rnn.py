@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from trialist.kernels.scan import ACTIVATIONS, BACKENDS, gated_scan
-from trialist.models.gru import check_state
+from trialist.models.recurrent.gru import check_state
 
 GateBias = float | Sequence[float]
 

@@ -24,7 +24,7 @@ from transformers import initialization as init
 
 from trialist.kernels.expert_lookup import ACTIVATIONS, BACKENDS, expert_lookup, gather_dot
 from trialist.kernels.product_keys import product_top_k
-from trialist.models.query_norm import QUERY_NORMS, build_query_norm
+from trialist.models.peer.query_norm import QUERY_NORMS, build_query_norm
 
 SCORES = ("softmax", "sigmoid", "relu")
 FREEZE = ("experts", "experts+keys", "experts+keys+query")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trialist.models.recurrent_depth_settings import settings_of
-from trialist.models.recurrent_depth_steps import depth_of
+from trialist.models.recurrent_depth.settings import settings_of
+from trialist.models.recurrent_depth.steps import depth_of
 from trialist.models.scoring import selected_logprobs
 
 # B batch, T time, d hidden size

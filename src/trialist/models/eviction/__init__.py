@@ -1,0 +1,1 @@
+"""Eviction of keys and values under budgets of tokens: policies, cache, swap into existing models, calibration."""

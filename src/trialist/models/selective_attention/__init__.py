@@ -1,0 +1,1 @@
+"""Selective attention (arXiv 2410.02703): mixer, swap into existing models, caches, eviction of masked tokens."""
