@@ -41,7 +41,7 @@ class PEERTrial(Trial):
     budget = Budget("flops")
     tuning = Tuning(tries=6, metric=Endpoint("loss", unit="nats per fact", better="lower"))
     presets = {
-        "tiny": dict(seeds=3, about="about 2 minutes a run on one core"),
+        "tiny": dict(seeds=3, about="about a minute a run on one core"),
         "real": dict(model="smollm2-135m-instruct", facts=4_000, batch=64, steps=500, experts=16_384, expert_heads=8, top_k=16,
                      key_dim=128, seeds=3, about="continued training of a given model, hours on 2 cores"),
         "gpu": dict(layers=4, width=256, heads=8, keys=1024, facts=600_000, batch=8192, steps=5_000, experts=65_536,
@@ -73,7 +73,7 @@ class PEERTrial(Trial):
     """Experts that each retrieval head uses for a token"""
     key_dim: int = 32
     """Width of a retrieval query, even"""
-    facts: int = 40_000
+    facts: int = 30_000
     """Facts to be learned, at most keys^2"""
     keys: int = 256
     """Symbols of each of the two keys of a fact"""
@@ -81,7 +81,7 @@ class PEERTrial(Trial):
     """There are classes^2 values; in the null setting a value follows from the classes of its keys"""
     batch: int = 1024
     """Facts in a step"""
-    steps: int = 1000
+    steps: int = 600
     """Training steps"""
     learning_rate: float = 4e-3
     """Peak learning rate where nothing was tuned"""
