@@ -29,6 +29,18 @@ def test_no_forecast_before_the_pace_is_known():
     assert Forecast(2).seconds_left([running(21.0, 2.0, (20.0, 1.0)), Row(planned("b"))]) is None
 
 
+def test_work_that_stands_still_or_begins_anew_tells_no_pace():
+    assert running(seconds=60.0, done=1.0, first=(20.0, 1.0)).seconds_left is None
+    display = Display(Console(file=io.StringIO(), force_terminal=False))
+    display.add([planned("a")], {"a": "a"}, {"a": "queued"}, 1, "trial")
+    display(Event("started", "a"))
+    for seconds, done, total in ((10.0, 0.0, 200.0), (50.0, 200.0, 200.0), (60.0, 0.0, 4.0), (90.0, 0.0, 4.0)):
+        display(Event("progress", "a", done, total, {}, seconds))
+    assert display.rows["a"].seconds_left is None
+    display(Event("progress", "a", 1.0, 4.0, {}, 100.0))
+    assert display.rows["a"].seconds_left == pytest.approx(120.0)  # 40 s for each of three: not the pace of the 200
+
+
 def test_time_left_counts_waiting_runs_and_workers():
     rows = [Row(planned("a"), "done", seconds=10.0), *(Row(planned(name)) for name in "bcde")]
     assert Forecast(2).seconds_left(rows) == pytest.approx(20.0)

@@ -45,7 +45,8 @@ class Row:
     silent: float = 0.0
     """Seconds since its last sign of life"""
     first: tuple[float, float] | None = None
-    """Seconds and work done at the first report: what came before it (imports, stages) tells nothing of the pace"""
+    """Seconds and work done at the first report of the work under way: what came before it (imports, stages, work of another
+    size) tells nothing of the pace"""
 
     @property
     def share(self) -> float:
@@ -55,6 +56,8 @@ class Row:
     def seconds_left(self) -> float | None:
         """None until the run has shown its pace for some seconds."""
         if self.status != "running" or self.first is None or self.seconds - self.first[0] < PACE_SECONDS:
+            return None
+        if self.done <= self.first[1]:
             return None
         return (self.seconds - self.first[0]) / (self.done - self.first[1]) * (self.total - self.done)
 
@@ -127,7 +130,8 @@ class Display:
     def __call__(self, event: Event) -> None:
         row = self.rows[event.run]
         if event.kind == "progress":
-            row.first = row.first or (event.seconds, event.done)
+            if row.first is None or event.total != row.total or event.done < row.done:
+                row.first = (event.seconds, event.done)
             row.done, row.total, row.seconds = event.done, event.total, event.seconds
             row.numbers.update(event.numbers)
             row.elapsed, row.silent = event.seconds, 0.0
