@@ -112,15 +112,15 @@ class AdaptiveExitTrial(WalkTrial):
             undefined["spearman_steps_hops"] = "all tokens ran equally many steps"
         else:
             metrics["spearman_steps_hops"] = correlation
-        if arm.role == "treatment":
+        for hop, steps in enumerate(taken.float().mean(0).tolist(), start=1):
+            metrics[f"steps_at_hop_{hop}"] = steps
+        if arm.name == "exit-kl":  # an arm whose time is compared with nothing
             held_out = walker.items(context, VALIDATION, self.test_items, self.longest)
             for criterion, thresholds in SWEEP.items():
                 for threshold in thresholds:
                     swept = {"num_steps": most, "exit_criterion": criterion, "exit_threshold": threshold}
                     values = scores(*decoded(model, held_out, symbols, **swept), held_out)
                     metrics |= {f"{name}_{criterion}_{threshold:g}": value for name, value in values.items()}
-            for hop, steps in enumerate(taken.float().mean(0).tolist(), start=1):
-                metrics[f"steps_at_hop_{hop}"] = steps
         return dataclasses.replace(outcome, metrics=metrics, undefined=undefined)
 
     def dealt_out(
