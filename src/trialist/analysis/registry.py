@@ -5,4 +5,5 @@ from __future__ import annotations
 ANALYSES: dict[str, str] = {
     "contamination": "trialist.analysis.contamination:ContaminationAnalysis",
     "param-delta": "trialist.analysis.param_delta:ParamDeltaAnalysis",
+    "rewards": "trialist.analysis.rewards:RewardsAnalysis",
 }

@@ -2,4 +2,8 @@
 
 from __future__ import annotations
 
-TRANSFORMS: dict[str, str] = {"decontaminate": "trialist.data.decontaminate:Decontaminate"}
+TRANSFORMS: dict[str, str] = {
+    "decontaminate": "trialist.data.decontaminate:Decontaminate",
+    "augment-preferences": "trialist.data.augment_preferences:AugmentPreferences",
+    "filter-preferences": "trialist.data.filter_preferences:FilterPreferences",
+}

@@ -118,7 +118,7 @@ def model_context(model: str) -> int | None:
         raise ValueError(_unreachable(model, error)) from error
     except Exception as error:
         raise ValueError(_damaged(model, error)) from error
-    most = getattr(config, "max_position_embeddings", None)
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if most is not None and (not isinstance(most, int) or most < 1):
         raise ValueError(
             f"model {model!r}: its config.json says max_position_embeddings {most!r}, not a number of tokens"

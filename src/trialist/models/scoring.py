@@ -38,7 +38,8 @@ def selected_logprobs(
 
     Token t+1 is scored where `completion_mask[:, t+1]` is true; or where `labels[:, t+1]` is not -100, and then the
     label is the token; without either, wherever tokens t and t+1 are both no padding. `input_ids`, masks,
-    `position_ids` and `labels` are `(B, T)`.
+    `position_ids` and `labels` are `(B, T)`; an `attention_mask` may also say who sees whom, `(B, 1, T, T)`, as transformers
+    take it (bool, or to be added), and then `position_ids` are needed where they do not run through.
 
     outputs: "log_probs" and "entropy" (of the whole next-token distribution, in nats); several come back as a tuple in
         that order. Gradients of all of them are exact.
@@ -58,7 +59,9 @@ def selected_logprobs(
     plain = _plain(model)
     head = _head(plain)
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if position_ids is None and attention_mask is not None and _takes(plain.base_model, "position_ids"):
+    padding = attention_mask is not None and attention_mask.dim() == 2
+    if position_ids is None and padding and _takes(plain.base_model, "position_ids"):
+        assert attention_mask is not None
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # padding on the left shifts no position
     if position_ids is not None:
         inputs["position_ids"] = position_ids
@@ -84,11 +87,12 @@ def _scored(
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, wanted (B, T)")
     for name, tensor in (("attention_mask", attention_mask), ("completion_mask", completion_mask), ("labels", labels)):
-        if tensor is not None and tensor.shape != input_ids.shape:
+        whole = name == "attention_mask" and tensor is not None and tensor.dim() == 4
+        if tensor is not None and tensor.shape != input_ids.shape and not whole:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, input_ids {tuple(input_ids.shape)}; give equal shapes"
             )
-    real = None if attention_mask is None else attention_mask.bool()
+    real = None if attention_mask is None or attention_mask.dim() == 4 else attention_mask.bool()
     if labels is not None:
         scored, targets = labels[:, 1:] != -100, labels[:, 1:]
     elif completion_mask is not None:

@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from trialist.training.consolidation import consolidate
     from trialist.training.fit import FitResult, fit
     from trialist.training.parallel import initialize_from_torchrun, shard_model
+    from trialist.training.preference_reference import reference_logprobs
+    from trialist.training.preference_trl import adapt_dpo_trainer
     from trialist.training.recurrence import RecurrenceCallback
     from trialist.training.schedules import Schedule
     from trialist.training.trainer import ObjectiveTrainer
 
 __all__ = [
-    "FitResult", "ObjectiveTrainer", "RecurrenceCallback", "Schedule", "consolidate", "fit", "initialize_from_torchrun",
-    "load_checkpoint", "save_checkpoint", "shard_model",
+    "FitResult", "ObjectiveTrainer", "RecurrenceCallback", "Schedule", "adapt_dpo_trainer", "consolidate", "fit",
+    "initialize_from_torchrun", "load_checkpoint", "reference_logprobs", "save_checkpoint", "shard_model",
 ]  # fmt: skip
 
 HOMES = {
@@ -29,10 +31,12 @@ HOMES = {
     "ObjectiveTrainer": "trainer",
     "RecurrenceCallback": "recurrence",
     "Schedule": "schedules",
+    "adapt_dpo_trainer": "preference_trl",
     "consolidate": "consolidation",
     "fit": "fit",
     "initialize_from_torchrun": "parallel",
     "load_checkpoint": "checkpoints",
+    "reference_logprobs": "preference_reference",
     "save_checkpoint": "checkpoints",
     "shard_model": "parallel",
 }

@@ -12,13 +12,13 @@ NAMES = {"loss": "loss", "eval_loss": "validation loss", "grad_norm": "gradient 
 
 
 class Lines(TrainerCallback):
-    """Tells each log as `step 20/100  loss 1.234  ...` through `say`.
+    """Tells each log as `step 20/100  loss 1.234  ...` through `say`. names: what is told, and in which words.
 
     Raises ValueError, which ends the training, when a loss or gradient norm is not finite: the checkpoints are older.
     """
 
-    def __init__(self, say: Callable[[str], None], total: int) -> None:
-        self.say, self.total = say, total
+    def __init__(self, say: Callable[[str], None], total: int, names: Mapping[str, str] = NAMES) -> None:
+        self.say, self.total, self.names = say, total, names
 
     def on_log(
         self,
@@ -28,7 +28,7 @@ class Lines(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        shown = {label: logs[name] for name, label in NAMES.items() if name in (logs or {})} if logs else {}
+        shown = {label: logs[name] for name, label in self.names.items() if name in (logs or {})} if logs else {}
         for label, value in shown.items():
             if not math.isfinite(value):
                 raise ValueError(

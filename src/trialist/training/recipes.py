@@ -3,5 +3,9 @@
 from __future__ import annotations
 
 RECIPES = {
+    "preference": "trialist.training.preference:PreferenceTraining",
     "sft": "trialist.training.sft:SupervisedFineTuning",
+    "reward": "trialist.training.reward:RewardModelling",
+    "rlvr": "trialist.training.rlvr:VerifiableRewards",
+    "tulu": "trialist.training.tulu:Tulu",
 }
