@@ -26,8 +26,10 @@ from typing import Any
 import psutil
 
 MARK = "TRIALIST_FAULT_MARK"
-TIMES = {"wall_seconds", "cpu_seconds", "peak_bytes", "created", "started", "ended", "attempt", "date", "cost_ratio",
-         "advice", "cost_equivalent", "bytes"}  # fmt: skip
+TIMES = {
+    "wall_seconds", "cpu_seconds", "clock_seconds", "clock_cpu_seconds", "peak_bytes", "created", "started", "ended", "attempt",
+    "date", "cost_ratio", "advice", "cost_equivalent", "bytes",
+}  # fmt: skip
 """Keys whose values differ between two runs of the same thing"""
 
 

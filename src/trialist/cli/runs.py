@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,6 +72,11 @@ MOST_STYLED = 500
 """Longer listings are plain columns: laying out thousands of styled cells takes seconds"""
 
 
+def _passed(measured: Mapping[str, float]) -> float | None:
+    """Seconds that passed while a run ran."""
+    return measured.get("clock_seconds", measured.get("wall_seconds"))
+
+
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -82,7 +87,7 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
         (
             row["id"], row["trial"], row["preset"], row["setting"],
             row["arm"] + (" (tuning)" if row["purpose"] == "tuning" else ""), str(row["seed"]), row["status"],
-            duration((row["measured"] or {}).get("wall_seconds")), _when(row["started"]), row["error"] or "",
+            duration(_passed(row["measured"] or {})), _when(row["started"]), row["error"] or "",
         )
         for row in rows
     ]  # fmt: skip

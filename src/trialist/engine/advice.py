@@ -56,8 +56,8 @@ def minutes_per_seed(table: Table) -> float | None:
     """Wall minutes that one more seed costs in all arms and settings; None where times are not known."""
     by_arm: dict[tuple[str, str], list[float]] = {}
     for (setting, arm, _), run in table.runs.items():
-        if "wall_seconds" in run.measured:
-            by_arm.setdefault((setting, arm), []).append(run.measured["wall_seconds"])
+        if (seconds := run.clock("wall")) is not None:
+            by_arm.setdefault((setting, arm), []).append(seconds)
     if not by_arm:
         return None
     return sum(sum(times) / len(times) for times in by_arm.values()) / 60.0

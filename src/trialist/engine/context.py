@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,9 @@ class Context:
     """Whether the run should leave its trained model in `model_folder` (`run --keep-models`, `export`)"""
     send: Callable[[tuple], None] | None = None
     used_stages: list[str] = field(default_factory=list)
+    elsewhere: tuple[float, float] = (0.0, 0.0)
+    """Wall and CPU seconds to add to what the clock says of this run, so that each stage it used counts in full, whoever built
+    it, and waiting for one does not"""
 
     def stream(self, name: str) -> int:
         """A seed in [0, 2**63) for one named use of randomness (`init`, `data_order`, `dropout`, `sampling`, `evaluation`).
@@ -35,9 +39,15 @@ class Context:
 
     def stage(self, name: str, inputs: tuple, build: Callable[[Path], Any]) -> Path:
         """The folder of an artefact that arms share; `build(folder)` fills it if it is not there yet."""
+        before, self.elsewhere = self.elsewhere, (0.0, 0.0)  # stages within this one correct its own cost
+        wall, cpu = time.perf_counter(), time.process_time()
         folder = stages.stage(
-            self.stages_folder, name, inputs, build, source=self.source, versions=self.versions, waiting=self.alive
-        )
+            self.stages_folder, name, inputs, build, source=self.source, versions=self.versions, waiting=self.alive,
+            elsewhere=lambda: self.elsewhere,
+        )  # fmt: skip
+        spent = time.perf_counter() - wall, time.process_time() - cpu
+        whole = (0.0, 0.0) if folder.name in self.used_stages else stages.cost(folder)
+        self.elsewhere = before[0] + whole[0] - spent[0], before[1] + whole[1] - spent[1]
         self.used_stages.append(folder.name)
         return folder
 

@@ -160,7 +160,7 @@ def _probe(prepared: Prepared, arms: Sequence[Arm], backend: Any, say: Callable[
                     del running[run_id]
                     error = message[1] if message[0] == "failure" else None
                     measured = message[2] if message[0] == "outcome" else {}
-                    seconds = measured.get("wall_seconds")
+                    seconds = measured.get("clock_seconds", measured.get("wall_seconds"))
                     peak = int(measured.get("peak_bytes", 0))
                     found.append(Probe(state["arm"].name, state["arm"].setting, seconds, peak, error))
                     say(f"{state['arm'].setting} · {state['arm'].name}: {error or f'{seconds:.1f} s a run'}")

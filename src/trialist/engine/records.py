@@ -54,7 +54,8 @@ class RunRecord:
     outcome: Outcome | None = None
     """Present when status is `done` or `diverged`"""
     measured: Mapping[str, float] = field(default_factory=dict)
-    """wall_seconds, cpu_seconds, peak_bytes"""
+    """wall_seconds, cpu_seconds: of the run with every stage it used in full; clock_seconds, clock_cpu_seconds: what passed
+    while it ran; peak_bytes"""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Arm options of this run, tuned values included"""
     purpose: Literal["trial", "tuning"] = "trial"
@@ -64,6 +65,11 @@ class RunRecord:
     traceback: str | None = None
     stages: tuple[str, ...] = ()
     """Names of the stages that it used"""
+
+    def clock(self, name: str) -> float | None:
+        """`wall` or `cpu` seconds that passed while it ran; records of old have but one time."""
+        own = {"wall": "clock_seconds", "cpu": "clock_cpu_seconds"}[name]
+        return self.measured.get(own, self.measured.get(f"{name}_seconds"))
 
     def cost(self, name: str) -> float | None:
         """A cost unit of the outcome or a measured cost; None where the run has none."""

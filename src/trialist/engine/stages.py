@@ -33,12 +33,14 @@ def stage(
     source: str,
     versions: dict[str, str],
     waiting: Callable[[], None] = lambda: None,
+    elsewhere: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0),
 ) -> Path:
     """The folder of the artefact, built by `build(folder)` under a lock by whoever comes first.
 
     Its key is the content that went in: name, inputs (scalars, frozen dataclasses), the builder's source and the source of
     the trial it belongs to, versions. A build that fails leaves nothing, one that is killed nothing that could be taken for
-    a result. `waiting` is called now and then while somebody else builds.
+    a result. `waiting` is called now and then while somebody else builds; `elsewhere` tells, after the build, which wall
+    and CPU seconds to add to what the clock says of it.
     """
 
     key = digest(
@@ -57,12 +59,13 @@ def stage(
         wall, cpu = time.perf_counter(), time.process_time()
         try:
             build(unfinished)
+            more = elsewhere()
             record = {
                 "name": name,
                 "key": key,
                 "inputs": [str(value) for value in inputs],
-                "wall_seconds": time.perf_counter() - wall,
-                "cpu_seconds": time.process_time() - cpu,
+                "wall_seconds": time.perf_counter() - wall + more[0],
+                "cpu_seconds": time.process_time() - cpu + more[1],
                 "created": time.time(),
             }
             write_atomic(unfinished / RECORD, json.dumps(record))
@@ -99,6 +102,12 @@ def _record(folder: Path) -> dict[str, Any] | None:
         return None
     whole = isinstance(record, dict) and {"name", "key", "wall_seconds", "created"} <= record.keys()
     return record if whole else None
+
+
+def cost(folder: Path) -> tuple[float, float]:
+    """Wall and CPU seconds of a finished stage and of the stages that it used."""
+    record = _record(folder) or {}
+    return float(record.get("wall_seconds", 0.0)), float(record.get("cpu_seconds", 0.0))
 
 
 def _remove(folder: Path) -> None:

@@ -263,7 +263,7 @@ def _mean_cost(runs: Sequence[RunRecord]) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for run in runs:
         for unit, value in {**(run.outcome.cost.as_dict() if run.outcome else {}), **run.measured}.items():
-            if value is not None and math.isfinite(value):
+            if value is not None and math.isfinite(value) and not unit.startswith("clock_"):
                 values.setdefault(unit, []).append(value)
     return {unit: sum(entries) / len(entries) for unit, entries in values.items()}
 
@@ -272,8 +272,8 @@ def _totals(grouped: Mapping[tuple[str, str], Mapping[int, RunRecord]]) -> dict[
     runs = [run for by_seed in grouped.values() for run in by_seed.values()]
     return {
         "runs": len(runs),
-        "wall_seconds": sum(run.measured.get("wall_seconds", 0.0) for run in runs),
-        "cpu_seconds": sum(run.measured.get("cpu_seconds", 0.0) for run in runs),
+        "wall_seconds": sum(run.clock("wall") or 0.0 for run in runs),
+        "cpu_seconds": sum(run.clock("cpu") or 0.0 for run in runs),
     }
 
 

@@ -78,9 +78,12 @@ def perform(task: Task, send: Any = None) -> tuple[dict[str, Any], dict[str, flo
     outcome = trial.run(arm, task.seed, context)
     if not isinstance(outcome, Outcome):
         raise TypeError(f"{type(trial).__name__}.run returned {type(outcome).__name__}; it must return an Outcome")
+    clock, clock_cpu = time.perf_counter() - wall, time.process_time() - cpu
     measured = {
-        "wall_seconds": time.perf_counter() - wall,
-        "cpu_seconds": time.process_time() - cpu,
+        "wall_seconds": clock + context.elsewhere[0],
+        "cpu_seconds": clock_cpu + context.elsewhere[1],
+        "clock_seconds": clock,
+        "clock_cpu_seconds": clock_cpu,
         "peak_bytes": float(peak_bytes()),
         "threads": float(task.threads),
     }
