@@ -122,7 +122,7 @@ class EvictingCacheLayer(DynamicLayer):
         return attention_mask.expand(B, heads, -1, -1).gather(-1, index[:, :, None].expand(B, heads, T, S))
 
     def crop(self, tokens_to_remove: int) -> None:
-        length = self.get_seq_length()
+        tokens_to_remove, length = int(tokens_to_remove), self.get_seq_length()  # some versions hand over a tensor
         if tokens_to_remove > 0:  # the meaning in earlier versions of transformers: how many tokens to keep
             tokens_to_remove = min(0, tokens_to_remove - length)
         if tokens_to_remove == 0 or not self.is_initialized:

@@ -64,6 +64,7 @@ class RecurrentStateLayer(CacheLayerMixin):
         raise ValueError(NO_KEYS)
 
     def crop(self, tokens_to_remove: int) -> None:
+        tokens_to_remove = int(tokens_to_remove)  # some versions hand over a tensor
         if tokens_to_remove > 0:  # the meaning in earlier versions of transformers: how many tokens to keep
             tokens_to_remove = min(0, tokens_to_remove - self.cumulative_length)
         if tokens_to_remove < 0 and self.cumulative_length > 0:
