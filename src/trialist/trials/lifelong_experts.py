@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from trialist.data.key_facts import FactVocabulary
 
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+LEARNING_RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3, 5e-3, 1e-2)
+LOOKS = 20
+"""Readings of both recalls during training"""
 BASE = "base"
 """Stream names that every run of a seed shares, so that the base is trained once"""
 
@@ -31,16 +33,18 @@ class LifelongExpertsTrial(Trial):
     """Does freezing a PEER layer's experts and growing new ones keep old facts while new ones are learned?"""
 
     claim = Claim(
-        statement="A trained model that learns new facts in newly grown experts, with all else frozen, forgets fewer old facts "
-        "than one that trains on, and learns the new ones as well.",
+        statement="A trained model that learns new facts in newly grown experts, with all else frozen, has forgotten fewer old "
+        "facts when it knows the new ones than a model that trains on.",
         source="arXiv:2407.04153",
         reported="suggested in the paper (lifelong learning by adding experts), without numbers",
-        endpoint=Endpoint("old_recall", unit="share of facts", better="higher", margin=0.1),
-        guards=(Endpoint("new_recall", unit="share of facts", better="higher", margin=0.05),),
-        secondary=(Endpoint("mean_recall", unit="share of facts", better="higher"),),
+        endpoint=Endpoint("kept", unit="share of facts", better="higher", margin=0.1),
+        secondary=(
+            Endpoint("old_recall", unit="share of facts", better="higher"),
+            Endpoint("new_recall", unit="share of facts", better="higher"),
+        ),
     )
     budget = Budget("tokens")
-    tuning = Tuning(tries=6, metric=Endpoint("mean_recall", unit="share of facts", better="higher"))
+    tuning = Tuning(tries=6, metric=Endpoint("kept", unit="share of facts", better="higher"))
     presets = {
         "tiny": dict(seeds=3, about="about a minute a run on one core, and two for the base of each seed"),
         "gpu": dict(layers=4, width=256, heads=8, keys=1024, old_facts=300_000, new_facts=100_000, batch=8192, base_steps=4_000,
@@ -84,8 +88,10 @@ class LifelongExpertsTrial(Trial):
     """Facts in a step"""
     base_steps: int = 800
     """Training steps on the old facts"""
-    steps: int = 200
-    """Training steps on the new facts"""
+    steps: int = 400
+    """Training steps on the new facts, most of them"""
+    learned: float = 0.9
+    """Recall of the new facts at which the recall of the old ones is read"""
     base_learning_rate: float = 5e-3
     """Peak learning rate on the old facts"""
     learning_rate: float = 1e-3
@@ -119,6 +125,8 @@ class LifelongExpertsTrial(Trial):
             raise ValueError(
                 f"--old-facts {self.old_facts} and --new-facts {self.new_facts}: {self.keys} keys make only {self.keys**2} pairs"
             )
+        if not 0 < self.learned < 1:
+            raise ValueError(f"--learned must be between 0 and 1, not {self.learned}")
         if self.classes < 2:
             raise ValueError(f"--classes must be at least 2, not {self.classes}")
         from trialist.models.peer.layer import check_peer, sides_of
@@ -165,6 +173,7 @@ class LifelongExpertsTrial(Trial):
         steps: int,
         learning_rate: float,
         evaluate: Any,
+        evaluations: int = 1,
     ) -> tuple[Outcome, Mapping[str, float]]:
         import torch
 
@@ -174,7 +183,7 @@ class LifelongExpertsTrial(Trial):
         batches = FactBatches(facts, self.batch, context.stream(stream))
         return train(
             model, lambda step: as_tokens(batches(step), symbols, device), context, steps=steps, learning_rate=learning_rate,
-            dtype=self.dtype, evaluate=evaluate, evaluations=4,
+            dtype=self.dtype, evaluate=evaluate, evaluations=evaluations,
         )  # fmt: skip
 
     def build_base(self, context: Context, folder: Path) -> None:
@@ -205,34 +214,41 @@ class LifelongExpertsTrial(Trial):
             *(
                 getattr(self, name)
                 for name in self.__dataclass_fields__
-                if name not in ("steps", "learning_rate", "grown")
+                if name not in ("steps", "learned", "learning_rate", "grown")
             ),
         )
         base = context.stage(BASE, inputs, functools.partial(self.build_base, context))
         model = load_model(str(base / "model"), device=device)
         old, new = self.facts(context)
-        before = recall(model, old, symbols, device)["recall"]
+        of_base = recall(model, old, symbols, device)["recall"]
         self.prepare(model, arm, context.stream("init"))
 
         def evaluate(trained: Any) -> dict[str, float]:
-            found = {
-                name: recall(trained, facts, symbols, device)["recall"] for name, facts in (("old", old), ("new", new))
-            }
-            if arm.null:
-                found["new"] = found["old"]
             return {
-                **{f"{name}_recall": value for name, value in found.items()},
-                "mean_recall": (found["old"] + found["new"]) / 2,
+                f"{name}_recall": recall(trained, facts, symbols, device)["recall"]
+                for name, facts in (("old", old), ("new", new))
             }
 
+        before = evaluate(model)
         outcome, last = self.train_on(
             model, old if arm.null else new, context, stream="data_order", steps=self.steps,
-            learning_rate=arm["learning_rate"], evaluate=evaluate,
+            learning_rate=arm["learning_rate"], evaluate=evaluate, evaluations=LOOKS,
         )  # fmt: skip
         if outcome.diverged is not None:
             return outcome
-        note = f"{arm.name}, seed {seed}: recall of the old facts was {before:.3f} before"
-        return dataclasses.replace(outcome, metrics=last, notes=(note,))
+        grown = f", {before['old_recall']:.3f} once grown" if arm["grow"] else ""
+        note = f"{arm.name}, seed {seed}: recall of the old facts was {of_base:.3f} before{grown}"
+        outcome = dataclasses.replace(outcome, metrics=last, notes=(note,))
+        if arm.null:
+            return dataclasses.replace(outcome, metrics={**last, "kept": last["old_recall"]})
+        olds, news = (
+            [before[name], *(value for _, value in outcome.curves[name])] for name in ("old_recall", "new_recall")
+        )
+        kept = when_learned(olds, news, self.learned)
+        if kept is None:
+            reason = f"the recall of the new facts ended at {last['new_recall']:.3f}, below --learned {self.learned}"
+            return dataclasses.replace(outcome, undefined={"kept": reason})
+        return dataclasses.replace(outcome, metrics={**last, "kept": kept})
 
     def prepare(self, model: Any, arm: Arm, seed: int) -> None:
         """Grows the pool and freezes what the arm does not train."""
@@ -251,3 +267,15 @@ class LifelongExpertsTrial(Trial):
             for layer in layers:
                 for parameter in (*layer.keys, *layer.down, *layer.up):
                     parameter.requires_grad_(True)
+
+
+def when_learned(old: Sequence[float], new: Sequence[float], learned: float) -> float | None:
+    """Recall of the old facts where that of the new ones first reaches `learned`, between two looks on a straight line; None
+    where it never does."""
+    for at, value in enumerate(new):
+        if value >= learned:
+            if at == 0:
+                return old[0]
+            share = (learned - new[at - 1]) / (value - new[at - 1])
+            return old[at - 1] + share * (old[at] - old[at - 1])
+    return None
