@@ -56,33 +56,36 @@ def test_its_cost_is_recorded_and_cleaning_frees_its_bytes(tmp_path):
     assert list_stages(tmp_path) == []
 
 
-def test_every_run_bears_the_cost_of_the_stages_it_used_whoever_built_them_and_once(tmp_path):
+def test_every_run_bears_the_cost_of_the_stages_it_used_whoever_built_them_and_once(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "process_time", lambda: now[0] / 2)
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
     def data(folder: Path) -> None:
-        time.sleep(0.3)
+        passes(30.0)
 
-    def run(own: float) -> tuple[float, float]:
+    def run(own: float) -> tuple[float, tuple[float, float]]:
         context = Context(0, tmp_path, tmp_path / "stages")
+        began = now[0]
+        for _ in range(2):
+            context.stage("model", (), lambda _: (context.stage("data", (), data), passes(20.0)))
+        passes(own)
+        return now[0] - began, context.elsewhere
 
-        def model(folder: Path) -> None:
-            context.stage("data", (), data)
-            time.sleep(0.2)
-
-        began = time.perf_counter()
-        context.stage("model", (), model)
-        context.stage("model", (), model)
-        time.sleep(own)
-        clock = time.perf_counter() - began
-        return clock, clock + context.elsewhere[0]
-
-    (first, whole), (second, alone) = run(0.1), run(0.15)
-    assert 0.6 <= first < 0.9
-    assert second < 0.4
-    assert whole == pytest.approx(first, abs=0.05)
-    assert alone == pytest.approx(whole + 0.05, abs=0.05)
-    nested = Context(0, tmp_path, tmp_path / "stages")
-    nested.stage("data", (), data)  # is there already: another model must still bear it
-    nested.stage("other", (), lambda folder: nested.stage("data", (), data))
-    assert nested.elsewhere[0] == pytest.approx(0.3, abs=0.05)
+    assert run(10.0) == (60.0, (0.0, 0.0))
+    assert run(15.0) == (15.0, (50.0, 25.0))
+    assert {entry["name"]: entry["wall_seconds"] for entry in list_stages(tmp_path / "stages")} == {
+        "model": 50.0,
+        "data": 30.0,
+    }
+    another = Context(
+        0, tmp_path, tmp_path / "stages"
+    )  # the data are there already: a model of them must still bear them
+    another.stage("other", (), lambda _: (another.stage("data", (), data), passes(5.0)))
+    assert another.elsewhere == (30.0, 15.0)
 
 
 def test_streams_depend_on_seed_and_name_only(tmp_path):
