@@ -293,3 +293,11 @@ def test_sentences_end_with_a_stop_and_names_keep_their_letters() -> None:
     assert wording.sentence("d2po answers shorter.") == "d2po answers shorter."
     assert wording.sentence("pH rises") == "pH rises."
     assert wording.sentence(None) == ""
+
+
+def test_an_effect_of_nothing_is_written_in_two_decimals_and_a_small_one_in_its_own():
+    from trialist.engine import wording
+
+    nothing = {"effect": -2.4e-10, "low": -1.6e-9, "high": 6.9e-10}
+    assert wording.effect_text(nothing) == "0.00 [0.00, 0.00]"
+    assert wording.effect_text({"effect": -0.0003, "low": -0.00082, "high": 0.00022}) == "−0.00030 [−0.00082, +0.00022]"

@@ -40,8 +40,11 @@ def decimals(*values: float | None) -> int:
 
 
 def effect_decimals(effect: Mapping[str, Any]) -> int:
-    """Decimals that show two digits of the interval's half width, or three of the effect where there is no interval."""
+    """Decimals that show two digits of the interval's half width, or three of the effect where there is no interval; two where
+    all of it is 0 at the six that there are at most."""
     low, high = effect.get("low"), effect.get("high")
+    if max(abs(value or 0.0) for value in (effect.get("effect"), low, high)) < 5e-7:
+        return 2
     if low is None or high is None or high <= low:
         return decimals(effect.get("effect"))
     return max(0, min(6, 1 - math.floor(math.log10((high - low) / 2))))
