@@ -68,7 +68,7 @@ def test_a_recurrent_mixer_in_the_loop_refuses_speculation(decoder, padded) -> N
 
 
 def test_one_step_of_the_trl_trainer_trains_the_loop(decoder, tmp_path) -> None:
-    trl = pytest.importorskip("trl", reason="the TRL trainers come with the extra `bench`")
+    trl = pytest.importorskip("trl", reason="the extra `trl` is not installed")
     datasets = pytest.importorskip("datasets")
     model = recurrent(decoder)
     before = model.model.layers.core.adapter.weight.detach().clone()

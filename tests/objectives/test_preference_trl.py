@@ -15,7 +15,7 @@ from trialist.objectives import Preference
 from trialist.objectives.preference_rows import answer_logprobs, preference_row
 from trialist.training import adapt_dpo_trainer
 
-trl = pytest.importorskip("trl", reason="the TRL trainers come with the extra `bench`")
+trl = pytest.importorskip("trl", reason="the extra `trl` is not installed")
 
 ROWS = [
     {"prompt": "the c", "chosen": "at sat, the dog ate", "rejected": "ow"},

@@ -22,7 +22,7 @@ from trialist.training.output import ModelOutput
 from trialist.training.recipe import Work
 from trialist.training.reward import RewardModelling
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", reason="the extra `trl` is not installed")
 
 
 @pytest.fixture

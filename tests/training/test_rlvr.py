@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", reason="the extra `trl` is not installed")
 
 from tests.training.conftest import tiny_llama
 from trialist.data.tokenizers import byte_tokenizer
