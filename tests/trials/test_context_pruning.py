@@ -6,7 +6,8 @@ import pytest
 
 from tests.trials.conftest import arm_of, model_folder
 from trialist.trials._text import load_rows
-from trialist.trials.context_pruning import ContextPruningTrial, held_out_rows
+from trialist.trials._text_trial import training_rows
+from trialist.trials.context_pruning import ContextPruningTrial
 
 SMALL = {
     "layers": 2, "width": 16, "heads": 2, "length": 160, "batch": 2, "steps": 3, "test_bytes": 2_000, "calibration_rows": 2,
@@ -62,9 +63,12 @@ def test_budgets_are_found_on_training_text_that_no_model_is_trained_on(trial, t
     from trialist.engine.context import Context
 
     folder = trial.text.stage(Context(0, tmp_path, tmp_path / "stages"), False)
-    every, held = load_rows(folder, "train")[0], held_out_rows(folder, 2)
+    every, trained_on = load_rows(folder, "train")[0], training_rows(folder, trial.held_out)
+    assert trial.held_out == 2
     assert len(every) >= 3 * 2 + 2
-    assert (held.tokens == every.tokens[-2:]).all()
+    assert (trained_on.tokens == every.tokens[:-2]).all()
+    with pytest.raises(ValueError, match=f"{len(every)} of them are held out"):
+        training_rows(folder, len(every))
 
 
 def test_runs_that_tune_read_validation_text_only(trial, run_arm):
@@ -102,7 +106,7 @@ def test_a_given_model_goes_through_the_same_path(text_file, llama_folder, run_a
         ({"price": -1.0}, "--price -1.0"),
         ({"recent_share": 2.0}, "--recent-share 2.0"),
         ({"calibration_rows": 0}, "--calibration-rows must be at least 1"),
-        ({"width": 30, "heads": 4}, "--width 30 must be a multiple of --heads 4"),
+        ({"width": 30, "heads": 4}, "--width 30 must be an even multiple of --heads 4"),
         ({"data": "none.txt"}, "none.txt"),
     ],
 )
@@ -113,5 +117,5 @@ def test_inputs_that_cannot_work_are_refused_before_anything_runs(trial, changes
 
 def test_text_that_is_too_little_to_hold_rows_out_is_refused_with_the_numbers(trial, run_arm):
     short = dataclasses.replace(trial, calibration_rows=5_000)
-    with pytest.raises(ValueError, match="--calibration-rows 5000 of them are held out"):
+    with pytest.raises(ValueError, match="5000 of them are held out"):
         run_arm(short, arm_of(short, "recency", "text"))

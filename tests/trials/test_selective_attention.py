@@ -108,7 +108,7 @@ def test_a_bpe_tokenizer_is_scored_per_byte_as_well(trial, run_arm):
     ("changes", "words"),
     [
         ({"data": "none.txt"}, "none.txt"),
-        ({"width": 30, "heads": 4}, "--width 30 must be a multiple of --heads 4"),
+        ({"width": 30, "heads": 4}, "--width 30 must be an even multiple of --heads 4"),
         ({"steps": 0}, "--steps must be at least 1"),
         ({"dtype": "int8"}, "--dtype 'int8'"),
         ({"lora": 4}, "--lora adapts a given model"),

@@ -55,15 +55,20 @@ def arm_remarks(model: str) -> tuple[str, ...]:
 
 def check_inputs(model: str, dtype: str, lora: int, **positive: int) -> None:
     """Raises ValueError or FileNotFoundError for inputs of a training trial that cannot work."""
-    for name, value in positive.items():
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    check_positive(**positive)
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype!r}: one of {', '.join(DTYPES)}")
     if lora < 0:
         raise ValueError(f"--lora is a rank, at least 0 (0 trains all weights), not {lora}")
     if lora and model == BUILT_IN:
         raise ValueError("--lora adapts a given model; the built-in decoder is trained from scratch, so leave it 0")
+
+
+def check_positive(**positive: int) -> None:
+    """Raises ValueError that names the option which is below 1."""
+    for name, value in positive.items():
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
 
 def check_length(model: str, length: int) -> None:

@@ -6,34 +6,26 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trialist.engine.context import Context
-from trialist.engine.contract import Arm, Budget, Claim, Cost, Endpoint, Outcome, Tuning
+from trialist.engine.contract import Arm, Claim, Cost, Endpoint, Outcome, Tuning
 from trialist.engine.hardware import resolve_device
-from trialist.trials._evaluation import TrainedModelTrial
 from trialist.trials._language_model import (
     BUILT_IN,
     LEARNING_RATES_GIVEN_MODEL,
-    PRELOAD,
-    VERSIONS,
-    arm_model,
-    check_inputs,
-    check_length,
-    model_context,
+    check_positive,
     model_inputs,
     save,
-    train,
 )
-from trialist.trials._text import Text, bits_per_byte, load_rows
+from trialist.trials._text import bits_per_byte, load_rows
+from trialist.trials._text_trial import AnyModelTextTrial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from trialist.data.packing import PackedRows
 
 LEARNING_RATES = (2e-3, 4e-3, 8e-3)
 POINTS = (0.21, 0.12, 0.06, 0.0305)
@@ -43,7 +35,7 @@ RANGE = (1 / 32, 1 / 5)
 
 
 @dataclass(frozen=True)
-class ContextPruningTrial(TrainedModelTrial):
+class ContextPruningTrial(AnyModelTextTrial):
     """Does selective attention keep more quality than standard attention in a cache of the same few bytes?"""
 
     claim = Claim(
@@ -58,7 +50,6 @@ class ContextPruningTrial(TrainedModelTrial):
             Endpoint("bits_per_byte_of_full", unit="bits per byte", better="lower"),
         ),
     )
-    budget = Budget("tokens")
     tuning = Tuning(tries=3, metric=Endpoint("validation_bits_per_byte", unit="bits per byte", better="lower"))
     presets = {
         "tiny": dict(seeds=3, about="about 10 minutes a setting on 2 cores"),
@@ -75,8 +66,6 @@ class ContextPruningTrial(TrainedModelTrial):
             test_bytes=10_000_000, calibration_rows=64, dtype="bfloat16", seeds=3, about="the paper's setting, many GPU days",
         ),
     }  # fmt: skip
-    preload = (*PRELOAD, "trialist.data.packing", "trialist.data.order", "trialist.data.tokenizers")
-    versions = VERSIONS
     usage = (
         "from trialist.models import calibrate_budgets, enable_selective_attention\n"
         "from trialist.objectives import MemoryLoss\n"
@@ -84,26 +73,6 @@ class ContextPruningTrial(TrainedModelTrial):
         "calibrate_budgets(model, held_out_rows, total=4 * 64)  # generate() now keeps 64 tokens a layer on average"
     )
 
-    model: str = BUILT_IN
-    """Hub id, local folder or asset of a model whose training is continued; `decoder` trains a small one from scratch"""
-    data: str = "python-stdlib"
-    """Text: Hub id, local .txt, .jsonl or .parquet file or folder, or a built-in name (python-stdlib, enwik8)"""
-    tokenizer: str = "bytes"
-    """Tokenizer of the built-in decoder: `bytes`, or `bpe-N` for N tokens trained on the training split"""
-    layers: int = 4
-    """Layers of the built-in decoder"""
-    width: int = 128
-    """Width of the built-in decoder"""
-    heads: int = 4
-    """Attention heads of the built-in decoder"""
-    length: int = 256
-    """Tokens of a training sequence, which is also the context that is cut"""
-    batch: int = 8
-    """Sequences in a step"""
-    steps: int = 200
-    """Training steps"""
-    learning_rate: float = 4e-3
-    """Peak learning rate where nothing was tuned"""
     price: float = 0.1
     """Price of remembering everything in the loss of the treatment, in nats a token (epsilon of the paper)"""
     sinks: int = 1
@@ -114,31 +83,13 @@ class ContextPruningTrial(TrainedModelTrial):
     """Sequences of training text, held out from training, on which the budgets of the layers are found"""
     step: int = 4
     """Smallest cut of a layer's budget, in tokens"""
-    test_bytes: int = 65_536
-    """Bytes of test text (and of validation text for tuning)"""
-    split: str | None = None
-    """Split of the data to read: `train` is cut 80/10/10, another name is the test set; without it as the data come"""
-    columns: str = ""
-    """Column that holds the text, text=NAME"""
-    max_examples: int | None = None
-    """Most documents to read"""
-    device: str = "auto"
-    """`auto`, `cpu` or `cuda`"""
-    dtype: str = "float32"
-    """float32, or bfloat16 for autocast"""
-    lora: int = 0
-    """Rank of LoRA adapters for a given model; 0 trains all weights"""
+
+    @property
+    def held_out(self) -> int:
+        return self.calibration_rows
 
     def check(self) -> None:
-        check_inputs(
-            self.model, self.dtype, self.lora, layers=self.layers, width=self.width, heads=self.heads, length=self.length,
-            batch=self.batch, steps=self.steps, test_bytes=self.test_bytes, calibration_rows=self.calibration_rows,
-            step=self.step,
-        )  # fmt: skip
-        if self.model != BUILT_IN:
-            check_length(self.model, self.length)
-        elif self.width % self.heads:
-            raise ValueError(f"--width {self.width} must be a multiple of --heads {self.heads}")
+        check_positive(calibration_rows=self.calibration_rows, step=self.step)
         if not self.price >= 0:
             raise ValueError(f"--price {self.price}: at least 0")
         if not 0.0 <= self.recent_share <= 1.0:
@@ -149,28 +100,7 @@ class ContextPruningTrial(TrainedModelTrial):
                 f"--sinks {self.sinks}: the smallest budget is {smallest} tokens of --length {self.length}; give fewer sinks or "
                 "a greater length"
             )
-        self.text.check()
-        known = None if self.model == BUILT_IN and self.tokenizer != "bytes" else self.text.tokenizer
-        self.check_benchmark(known, self.length if self.model == BUILT_IN else model_context(self.model))
-
-    def digests(self) -> Mapping[str, str]:
-        return {**model_inputs(self.model, self.device), "data": self.text.digest(), **self.benchmark_digests()}
-
-    def remarks(self) -> tuple[str, ...]:
-        return self.text.remarks()
-
-    @property
-    def text(self) -> Text:
-        return Text(
-            data=self.data,
-            tokenizer=self.tokenizer if self.model == BUILT_IN else self.model,
-            split=self.split,
-            columns=self.columns,
-            max_examples=self.max_examples,
-            length=self.length,
-            train_tokens=(self.steps * self.batch + self.calibration_rows) * self.length,
-            test_bytes=self.test_bytes,
-        )
+        super().check()
 
     def arms(self) -> Iterator[Arm]:
         scratch = self.model == BUILT_IN
@@ -193,15 +123,9 @@ class ContextPruningTrial(TrainedModelTrial):
                           about="standard attention that keeps everything")  # fmt: skip
 
     def run(self, arm: Arm, seed: int, context: Context) -> Outcome:
-        from trialist.data.tokenizers import load_tokenizer
         from trialist.models.loading import load_model
 
-        text = self.text.stage(context, shuffled=arm.setting == "shuffled")
-        tokenizer = load_tokenizer(str(text))
-        if self.benchmark and self.model == BUILT_IN:
-            self.evaluation.check_fit(
-                tokenizer, self.length
-            )  # a tokenizer that was trained just now is known only here
+        text, tokenizer = self.prepared(context, shuffled=arm.setting == "shuffled")
         given = model_inputs(self.model, self.device).get("model")
         sizes = (self.layers, self.width, self.heads) if given is None else (given, self.lora)
         inputs = (text.name, resolve_device(self.device), self.dtype, *sizes, self.length, self.batch, self.steps,
@@ -232,7 +156,7 @@ class ContextPruningTrial(TrainedModelTrial):
         if arm["policy"] == "none":
             metrics = {name: full, "bits_lost_by_pruning": 0.0, "bits_per_byte_of_full": full}
             return dataclasses.replace(outcome, metrics=metrics)
-        held_out = held_out_rows(text, self.calibration_rows).rows(slice(None))
+        held_out = load_rows(text, "train")[0].rows(slice(-self.calibration_rows, None))  # no model is trained on them
         held_out = {key: tensor.to(model.device) for key, tensor in held_out.items()}
         row = held_out["input_ids"][:1]
         everything = bytes_of_all_tokens(model, row)
@@ -271,17 +195,6 @@ class ContextPruningTrial(TrainedModelTrial):
         return dataclasses.replace(outcome, metrics=metrics, undefined=undefined, notes=(*outcome.notes, *notes))
 
 
-def held_out_rows(text: Path, count: int) -> PackedRows:
-    """The last rows of the training text, on which no model is trained."""
-    return _part(load_rows(text, "train")[0], slice(-count, None))
-
-
-def _part(rows: PackedRows, part: slice) -> PackedRows:
-    from trialist.data.packing import PackedRows
-
-    return PackedRows(rows.tokens[part], rows.positions[part], rows.pieces[:0])
-
-
 def bytes_of_all_tokens(model: PreTrainedModel, input_ids: Any) -> float:
     """Bytes of the keys and values of all tokens of a row, measured from a cache without budgets."""
     import torch
@@ -295,42 +208,17 @@ def bytes_of_all_tokens(model: PreTrainedModel, input_ids: Any) -> float:
 
 def train_model(trial: ContextPruningTrial, arm: Arm, context: Context, text: Path, folder: Path) -> None:
     """Fills a stage: the trained model in `model`, and its cost and curve in `outcome.json`."""
-    from trialist.data.order import PackedBatches
     from trialist.data.tokenizers import load_tokenizer
     from trialist.objectives import CrossEntropy, MemoryLoss
 
     tokenizer = load_tokenizer(str(text))
-    device = resolve_device(trial.device)
-    every = load_rows(text, "train")[0]
-    if len(every) <= trial.calibration_rows:
-        raise ValueError(
-            f"the training text fills {len(every)} sequences of {trial.length} tokens, and --calibration-rows "
-            f"{trial.calibration_rows} of them are held out; give more text, a smaller --length or fewer rows"
-        )
-    rows = _part(every, slice(0, -trial.calibration_rows))
-    model = arm_model(
-        arm, context, trial.model, device=device, lora=trial.lora, vocab_size=len(tokenizer), layers=trial.layers,
-        width=trial.width, heads=trial.heads, length=trial.length,
+    model = trial.new_model(arm, context, tokenizer)
+    outcome, _ = trial.fit_text(
+        model, text, dataclasses.replace(context, keep_model=False), learning_rate=arm["learning_rate"], part="validation",
+        evaluations=2, objective=MemoryLoss(epsilon=arm["price"]) if arm["price"] > 0 else CrossEntropy(),
     )  # fmt: skip
-    batches = PackedBatches(rows, trial.batch, context.stream("data_order"))
-    validation = load_rows(text, "validation")
-    outcome, _ = train(
-        model,
-        lambda step: {name: tensor.to(device) for name, tensor in batches(step).items()},
-        dataclasses.replace(context, keep_model=False),
-        steps=trial.steps,
-        learning_rate=arm["learning_rate"],
-        dtype=trial.dtype,
-        evaluate=lambda trained: {
-            "validation_bits_per_byte_of_full": bits_per_byte(trained, *validation, batch=trial.batch)
-        },
-        evaluations=2,
-        objective=MemoryLoss(epsilon=arm["price"]) if arm["price"] > 0 else CrossEntropy(),
-    )
-    epochs = trial.steps * trial.batch / len(rows)
-    notes = (f"the training text was passed {epochs:.1f} times",) if epochs > 1.05 else ()
     save(model, tokenizer, folder / "model")
-    stored = dataclasses.asdict(dataclasses.replace(outcome, notes=notes))
+    stored = dataclasses.asdict(outcome)
     (folder / "outcome.json").write_text(
         json.dumps({key: stored[key] for key in ("curves", "cost", "diverged", "notes")})
     )

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trialist.engine.context import Context
-from trialist.engine.contract import Arm, Budget, Claim, Endpoint, Outcome, Saving, Tuning
-from trialist.engine.hardware import resolve_device
+from trialist.engine.contract import Arm, Claim, Endpoint, Outcome, Saving, Tuning
 from trialist.trials._equal_parameters import parameters, widened
-from trialist.trials._evaluation import TrainedModelTrial
-from trialist.trials._language_model import PRELOAD, VERSIONS, check_inputs, new_decoder, train
-from trialist.trials._text import Text, bits_per_byte, load_rows
+from trialist.trials._language_model import new_decoder
+from trialist.trials._text import bits_per_byte, load_rows
+from trialist.trials._text_trial import TextTrial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +26,7 @@ EXPANSIONS = {"full_attention": 1.0, "gru": 2 / 3, "min_gru": 4 / 3, "min_lstm":
 
 
 @dataclass(frozen=True)
-class MinRNNTrial(TrainedModelTrial):
+class MinRNNTrial(TextTrial):
     """Does minGRU model text as well as attention and GRU of equal parameters, with faster steps at long context?"""
 
     claim = Claim(
@@ -41,7 +40,6 @@ class MinRNNTrial(TrainedModelTrial):
         kind="non-inferiority",
         saving=Saving("long_step_seconds", least=0.4),
     )
-    budget = Budget("tokens")
     tuning = Tuning(tries=4, metric=Endpoint("validation_bits_per_byte", unit="bits per byte", better="lower"))
     presets = {
         "tiny": dict(seeds=3, about="about 15 minutes on 2 cores, one run at a time"),
@@ -54,8 +52,6 @@ class MinRNNTrial(TrainedModelTrial):
             about="the size of the paper's character model, on other text",
         ),
     }  # fmt: skip
-    preload = (*PRELOAD, "trialist.data.packing", "trialist.data.order", "trialist.data.tokenizers")
-    versions = VERSIONS
     usage = (
         "from trialist.models import MinGRU, ModularDecoderConfig, ModularDecoderForCausalLM\n"
         "output, state = MinGRU(256)(x)  # x: (B, T, 256); pass `state` to go on\n"
@@ -63,66 +59,10 @@ class MinRNNTrial(TrainedModelTrial):
         "model = ModularDecoderForCausalLM(config)"
     )
 
-    data: str = "python-stdlib"
-    """Text: Hub id, local .txt, .jsonl or .parquet file or folder, or a built-in name (python-stdlib, enwik8)"""
-    tokenizer: str = "bytes"
-    """`bytes`, `bpe-N` for N tokens trained on the training split, or a model whose tokenizer is taken"""
     layers: int = 2
-    """Layers of every arm"""
-    width: int = 128
-    """Width of every arm"""
-    heads: int = 4
-    """Heads of the arm with attention"""
     length: int = 512
-    """Tokens in a training sequence"""
     batch: int = 2
-    """Sequences in a step"""
     steps: int = 700
-    """Training steps"""
-    learning_rate: float = 4e-3
-    """Peak learning rate where nothing was tuned"""
-    test_bytes: int = 65_536
-    """Bytes of test text (and of validation text for tuning)"""
-    split: str | None = None
-    """Split of the data to read: `train` is cut 80/10/10, another name is the test set; without it as the data come"""
-    columns: str = ""
-    """Column that holds the text, text=NAME"""
-    max_examples: int | None = None
-    """Most documents to read"""
-    device: str = "auto"
-    """`auto`, `cpu` or `cuda`"""
-    dtype: str = "float32"
-    """float32, or bfloat16 for autocast"""
-
-    def check(self) -> None:
-        check_inputs(
-            "decoder", self.dtype, 0, layers=self.layers, width=self.width, heads=self.heads, length=self.length,
-            batch=self.batch, steps=self.steps, test_bytes=self.test_bytes,
-        )  # fmt: skip
-        if self.width % (2 * self.heads):
-            raise ValueError(f"--width {self.width} must be an even multiple of --heads {self.heads}")
-        self.text.check()
-        trained = self.tokenizer.startswith("bpe-")
-        self.check_benchmark(None if trained else self.tokenizer, self.length)
-
-    def digests(self) -> Mapping[str, str]:
-        return {"device": resolve_device(self.device), "data": self.text.digest(), **self.benchmark_digests()}
-
-    def remarks(self) -> tuple[str, ...]:
-        return self.text.remarks()
-
-    @property
-    def text(self) -> Text:
-        return Text(
-            data=self.data,
-            tokenizer=self.tokenizer,
-            split=self.split,
-            columns=self.columns,
-            max_examples=self.max_examples,
-            length=self.length,
-            train_tokens=self.steps * self.batch * self.length,
-            test_bytes=self.test_bytes,
-        )
 
     def arms(self) -> Iterator[Arm]:
         tune = {"learning_rate": LEARNING_RATES}
@@ -136,43 +76,19 @@ class MinRNNTrial(TrainedModelTrial):
             yield Arm(name, role, "text", options=options, tune=None if role == "reference" else tune, about=about)  # type: ignore[arg-type]
 
     def run(self, arm: Arm, seed: int, context: Context) -> Outcome:
-        from trialist.data.order import PackedBatches
-        from trialist.data.tokenizers import load_tokenizer
-
-        folder = self.text.stage(context, shuffled=False)
-        tokenizer = load_tokenizer(str(folder))
-        if self.benchmark:
-            self.evaluation.check_fit(tokenizer, self.length)  # a tokenizer trained just now is known only here
-        rows = {part: load_rows(folder, part) for part in ("train", "validation", "test")}
-        device = resolve_device(self.device)
-        architecture = self.architecture(arm["mixer"], len(tokenizer))
-        model = new_decoder(context, device=device, **architecture)
-
-        def score(trained: Any, part: str) -> float:
-            return bits_per_byte(trained, *rows[part], batch=self.batch)
-
-        batches = PackedBatches(rows["train"][0], self.batch, context.stream("data_order"))
-        outcome, last = train(
-            model,
-            lambda step: {name: tensor.to(device) for name, tensor in batches(step).items()},
-            context,
-            steps=self.steps,
-            learning_rate=arm["learning_rate"],
-            dtype=self.dtype,
-            evaluate=lambda trained: {"bits_per_byte": score(trained, "test")},
-            evaluations=5,
-            tokenizer=tokenizer,
+        folder, tokenizer = self.prepared(context, shuffled=False)
+        model = new_decoder(context, device=self.device, **self.architecture(arm["mixer"], len(tokenizer)))
+        outcome, last = self.fit_text(
+            model, folder, context, learning_rate=arm["learning_rate"], part="test", evaluations=5, tokenizer=tokenizer
         )
         if outcome.diverged is not None:
             return outcome
-        outcome = dataclasses.replace(
-            outcome,
-            metrics={
-                **last,
-                "validation_bits_per_byte": score(model, "validation"),
-                "long_step_seconds": step_seconds(model, LONGER * self.length, self.dtype),
-            },
-        )
+        metrics = {
+            **last,
+            "validation_bits_per_byte": bits_per_byte(model, *load_rows(folder, "validation"), batch=self.batch),
+            "long_step_seconds": step_seconds(model, LONGER * self.length, self.dtype),
+        }
+        outcome = dataclasses.replace(outcome, metrics=metrics)
         return self.hand_over(outcome, model, tokenizer, context, batch=self.batch)
 
     def architecture(self, mixer: str, vocabulary: int) -> dict[str, Any]:
