@@ -1,20 +1,23 @@
-"""The attention interface of transformers as a seam: which modules can be given another attention, and which cannot."""
+"""The attention interface of transformers as a seam: which modules can be given another attention, how, and which cannot."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trialist.models.attention import FullAttention
 
-BASES = ("sdpa", "eager")
-"""Attention implementations that layers which stay standard may keep"""
+BASES = {"sdpa": sdpa_mask, "eager": eager_mask}
+"""Attention implementations that layers which stay standard may keep, and their masks"""
 
 UNSUPPORTED_ARGUMENTS = {
     "softcap": "soft-capped attention logits",
@@ -102,20 +105,95 @@ def _window(module: nn.Module, text: Any) -> int | None:
     return getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
 
 
-def standard_attention(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The attention function that `module` would use under the implementation `base`."""
+def register_replacement(
+    name: str,
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
+    *,
+    replaced: Callable[[nn.Module], bool],
+    what: str,
+    lost: str,
+) -> None:
+    """Registers the implementations `NAME_sdpa` and `NAME_eager`: `attend` in modules that are `replaced`, standard in others.
+
+    attend: called with the module, query `(B, H, T, D)`, key and value `(B, G, S, D)`, the mask, `scaling` and `dropout`; with
+        `layer`, the cache layer that a hook handed over (`hand_over_cache`), or None; and with `standard`, which computes what
+        the module would have computed, for any mask.
+    what, lost: the technique, and what it cannot know where it gets cached keys without the cache, in words for errors.
+    """
+    for base, mask in BASES.items():
+        AttentionInterface.register(f"{name}_{base}", _replacement(base, attend, replaced, what, lost))
+        AttentionMaskInterface.register(f"{name}_{base}", mask)
+
+
+def _replacement(
+    base: str,
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
+    replaced: Callable[[nn.Module], bool],
+    what: str,
+    lost: str,
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        handed_over_cache: CacheLayerMixin | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        def standard(mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            function = _standard_attention(base, module)
+            return function(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+
+        if not replaced(module):
+            return standard(attention_mask)
+        if handed_over_cache is None and key.shape[2] > query.shape[2]:
+            raise ValueError(
+                f"{type(module).__name__} was given cached keys without the cache object, so {lost}; "
+                "pass past_key_values=DynamicCache()"
+            )
+        for argument, words in UNSUPPORTED_ARGUMENTS.items():
+            if kwargs.get(argument) is not None:
+                raise ValueError(f"{what} does not support {words}, which {type(module).__name__} uses")
+        return attend(
+            module, query, key, value, attention_mask, dropout=dropout, standard=standard, layer=handed_over_cache,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        )  # fmt: skip
+
+    return forward
+
+
+def _standard_attention(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     if base == "sdpa":
         return ALL_ATTENTION_FUNCTIONS["sdpa"]
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
-def refuse_arguments(module: nn.Module, arguments: Mapping[str, Any], what: str) -> None:
-    """Raises ValueError where a module's attention takes something that `what` does not compute."""
-    for name, words in UNSUPPORTED_ARGUMENTS.items():
-        if arguments.get(name) is not None:
-            raise ValueError(f"{what} does not support {words}, which {type(module).__name__} uses")
+def hand_over_cache(
+    modules: Sequence[nn.Module], layer_of: Callable[[nn.Module, Cache], CacheLayerMixin | None]
+) -> None:
+    """Lets each of `modules` give its attention function, which sees no cache, the cache layer that `layer_of` finds."""
+
+    for module in modules:
+        module.register_forward_pre_hook(functools.partial(_hand_over_cache, layer_of), with_kwargs=True)
 
 
-def cache_among(args: tuple, kwargs: Mapping[str, Any]) -> Cache | None:
-    """The cache that a module was called with."""
-    return next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+def _hand_over_cache(layer_of: Callable[..., Any], module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+    return args, kwargs if cache is None else {**kwargs, "handed_over_cache": layer_of(module, cache)}
+
+
+def restore_attention(model: PreTrainedModel, name: str, setting: str, modules: Sequence[nn.Module]) -> None:
+    """Undoes a replacement: removes the hooks of `modules`, the implementation, and the entry `setting` of the configuration."""
+    for module in modules:
+        for handle, hook in list(module._forward_pre_hooks.items()):
+            if getattr(hook, "func", None) is _hand_over_cache:
+                del module._forward_pre_hooks[handle]
+                module._forward_pre_hooks_with_kwargs.pop(handle, None)
+    base = model.config._attn_implementation or ""
+    if base.startswith(f"{name}_"):
+        model.set_attn_implementation(base.removeprefix(f"{name}_"))
+        if hasattr(model.config, setting):
+            delattr(model.config, setting)

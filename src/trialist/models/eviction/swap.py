@@ -7,77 +7,52 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers import Cache, PreTrainedModel
 
 from trialist.models.attention_interface import (
     BASES,
     attention_modules,
-    cache_among,
+    hand_over_cache,
     plain_model,
-    refuse_arguments,
     refuse_unsupported,
-    standard_attention,
+    register_replacement,
+    restore_attention,
 )
 from trialist.models.eviction.budgets import Budgets, spread_budgets
 from trialist.models.eviction.cache import EvictingCacheLayer
-from trialist.models.eviction.policies import POLICIES, Policy, attend_evicting
+from trialist.models.eviction.policies import POLICIES, Attend, Policy, attend_evicting
 from trialist.models.selective_attention.cache import take_over
 
 
-def _evicting_forward(base: str) -> Any:
-    def forward(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        evicting_cache: EvictingCacheLayer | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        standard, policy, budget = standard_attention(base, module), getattr(module, "_evicts", None), None
-        if policy is not None:
-            budget = module.budget
-
-        def attend(mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            return standard(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
-
-        if policy is None or budget is None:
-            return attend(attention_mask)
-        if evicting_cache is None and key.shape[2] > query.shape[2]:
-            raise ValueError(
-                f"{type(module).__name__} was given cached keys without the cache object, so nothing could be evicted from "
-                "it; pass past_key_values=DynamicCache()"
-            )
-        refuse_arguments(module, kwargs, "eviction")
-        return attend_evicting(
-            attend,
-            query,
-            key,
-            attention_mask,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            policy=policy,
-            budget=budget,
-            layer=evicting_cache,
-        )
-
-    return forward
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    standard: Attend,
+    scaling: float,
+    layer: EvictingCacheLayer | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    policy, budget = module._evicts, module.budget
+    return attend_evicting(
+        standard, query, key, attention_mask, scaling=scaling, policy=policy, budget=budget, layer=layer
+    )  # type: ignore[arg-type]
 
 
-for _base, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
-    AttentionInterface.register(f"evicting_{_base}", _evicting_forward(_base))
-    AttentionMaskInterface.register(f"evicting_{_base}", _mask)
+def _evicts(module: nn.Module) -> bool:
+    return getattr(module, "_evicts", None) is not None and module.budget is not None
 
 
-def _hand_over_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Gives the attention function, which sees no cache, the cache layer to evict from."""
-    cache = cache_among(args, kwargs)
-    if cache is None or module.budget is None:
-        return args, kwargs
-    layer = take_over(cache, int(module.layer_idx), EvictingCacheLayer, None, "eviction")  # type: ignore[arg-type]
-    return args, {**kwargs, "evicting_cache": layer}
+register_replacement("evicting", _attend, replaced=_evicts, what="eviction", lost="nothing could be evicted from it")
+
+
+def _layer_of(module: nn.Module, cache: Cache) -> EvictingCacheLayer | None:
+    if module.budget is None:
+        return None
+    return take_over(cache, int(module.layer_idx), EvictingCacheLayer, None, "eviction")  # type: ignore[arg-type]
 
 
 def enable_eviction(
@@ -117,7 +92,7 @@ def enable_eviction(
             chosen_policy.check(budget)
     for layer, budget in zip(chosen, spread, strict=True):
         modules[layer]._evicts, modules[layer].budget = chosen_policy, budget  # type: ignore[assignment]
-        modules[layer].register_forward_pre_hook(_hand_over_cache, with_kwargs=True)
+    hand_over_cache([modules[layer] for layer in chosen], _layer_of)
     plain.set_attn_implementation(f"evicting_{base}")
     if isinstance(policy, str):
         settings = dataclasses.asdict(chosen_policy)  # type: ignore[call-overload]
@@ -144,17 +119,8 @@ def _policy(policy: str | Policy, options: dict[str, Any]) -> Policy:
 def disable_eviction(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `enable_eviction`: the model keeps everything again, bit for bit as before. Returns the model."""
     plain = plain_model(model)
-    for module in plain.modules():
-        if not hasattr(module, "_evicts"):
-            continue
+    modules = [module for module in plain.modules() if hasattr(module, "_evicts")]
+    restore_attention(plain, "evicting", "eviction", modules)
+    for module in modules:
         del module._evicts, module.budget
-        for handle, hook in list(module._forward_pre_hooks.items()):
-            if hook is _hand_over_cache:
-                del module._forward_pre_hooks[handle]
-                module._forward_pre_hooks_with_kwargs.pop(handle, None)
-    base = plain.config._attn_implementation or ""
-    if base.startswith("evicting_"):
-        plain.set_attn_implementation(base.removeprefix("evicting_"))
-        if hasattr(plain.config, "eviction"):
-            del plain.config.eviction
     return model

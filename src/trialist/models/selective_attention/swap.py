@@ -13,18 +13,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trialist.models.attention_interface import (
     BASES,
     attention_modules,
-    cache_among,
+    hand_over_cache,
     plain_model,
-    refuse_arguments,
     refuse_unsupported,
-    standard_attention,
+    register_replacement,
+    restore_attention,
 )
 from trialist.models.eviction.budgets import Budgets, spread_budgets
 from trialist.models.masks import first_tokens, visible_columns
@@ -32,46 +32,27 @@ from trialist.models.selective_attention.cache import selective_layer
 from trialist.models.selective_attention.mixer import CacheLayer, attend_selectively
 
 
-def _selective_forward(base: str) -> Any:
-    def forward(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        selective_cache: CacheLayer | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        settings = getattr(module, "_selective", None)
-        if settings is None:
-            standard = standard_attention(base, module)
-            return standard(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-        if selective_cache is None and key.shape[2] > query.shape[2]:
-            raise ValueError(
-                f"{type(module).__name__} was given cached keys without the cache object, so what the past "
-                "selected is unknown; "
-                "pass past_key_values=DynamicCache()"
-            )
-        refuse_arguments(module, kwargs, "selective attention")
-        output = attend_selectively(
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            selector_head=settings["selector_head"],
-            protect_bos=settings["protect_bos"],
-            layer=selective_cache,
-            budget=module.budget,
-            memory=module.memory_record,
-            dropout=dropout,
-            training=module.training,
-        )
-        return output, None
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    standard: object,
+    scaling: float,
+    layer: CacheLayer | None,
+    dropout: float,
+) -> tuple[Tensor, None]:
+    output = attend_selectively(
+        query, key, value, attention_mask, scaling=scaling, **module._selective, layer=layer, budget=module.budget,
+        memory=module.memory_record, dropout=dropout, training=module.training,
+    )  # type: ignore[arg-type]  # fmt: skip
+    return output, None
 
-    return forward
+
+def _selects(module: nn.Module) -> bool:
+    return getattr(module, "_selective", None) is not None
 
 
 def _probe_forward(
@@ -90,19 +71,15 @@ def _probe_forward(
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
 
 
-for _base, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
-    AttentionInterface.register(f"selective_{_base}", _selective_forward(_base))
-    AttentionMaskInterface.register(f"selective_{_base}", _mask)
+register_replacement(
+    "selective", _attend, replaced=_selects, what="selective attention", lost="what the past selected is unknown"
+)
 AttentionInterface.register("selective_probe", _probe_forward)
 AttentionMaskInterface.register("selective_probe", sdpa_mask)
 
 
-def _hand_over_cache(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Gives the attention function, which sees no cache, the cache layer that holds F."""
-    cache = cache_among(args, kwargs)
-    if cache is None:
-        return args, kwargs
-    return args, {**kwargs, "selective_cache": selective_layer(cache, module.layer_idx)}
+def _layer_of(module: nn.Module, cache: Cache) -> CacheLayer:
+    return selective_layer(cache, module.layer_idx)
 
 
 def enable_selective_attention(
@@ -147,7 +124,7 @@ def enable_selective_attention(
     for layer, head, budget in zip(chosen, heads, spread, strict=True):
         modules[layer]._selective = {"selector_head": head, "protect_bos": protect_bos}
         modules[layer].budget, modules[layer].memory_record = budget, None
-        modules[layer].register_forward_pre_hook(_hand_over_cache, with_kwargs=True)
+    hand_over_cache([modules[layer] for layer in chosen], _layer_of)
     plain.set_attn_implementation(f"selective_{base}")
     plain.config.selective_attention = {
         "selector_head": heads,
@@ -204,20 +181,14 @@ def is_selective(model: nn.Module) -> bool:
 
 
 def _selective_modules(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if getattr(module, "_selective", None) is not None)
+    return (module for module in model.modules() if _selects(module))
 
 
 def disable_selective_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `enable_selective_attention`: the model computes exactly what it computed before. Returns the model."""
     plain = plain_model(model)
-    for module in list(_selective_modules(plain)):
+    modules = list(_selective_modules(plain))
+    restore_attention(plain, "selective", "selective_attention", modules)
+    for module in modules:
         del module._selective, module.budget, module.memory_record
-        for handle, hook in list(module._forward_pre_hooks.items()):
-            if hook is _hand_over_cache:
-                del module._forward_pre_hooks[handle]
-                module._forward_pre_hooks_with_kwargs.pop(handle, None)
-    base = plain.config._attn_implementation or ""
-    if base.startswith("selective_"):
-        plain.set_attn_implementation(base.removeprefix("selective_"))
-        del plain.config.selective_attention
     return model
