@@ -26,6 +26,8 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+GREEDY = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+"""Options of `generate` that always give nine tokens"""
 
 
 def sharpen(model: torch.nn.Module, factor: float = 12.0) -> None:
@@ -90,3 +92,27 @@ def padded() -> tuple[Tensor, Tensor]:
     mask = torch.ones_like(ids)
     ids[1, :4], mask[1, :4] = 0, 0
     return ids, mask
+
+
+def states(B: int = 2, H: int = 4, G: int = 2, T: int = 13, D: int = 4, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Random query (B, H, T, D), key and value (B, G, T, D) in float64, large enough that a wrong mask shows."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (B, H, T, D), (B, G, T, D), (B, G, T, D)
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) * 2 for shape in shapes)
+    return q, k, v
+
+
+def layout(kind: str, B: int = 2, T: int = 13) -> Tensor:
+    """What each query sees, (B, T, T) bool: `plain`, `left padding`, `right padding`, `a hole` or `packed`."""
+    visible = torch.ones(T, T, dtype=torch.bool).tril().repeat(B, 1, 1)
+    if kind == "left padding":
+        visible[1, :, :5] = False
+    elif kind == "right padding":
+        visible[1, :, T - 3 :] = False
+    elif kind == "a hole":
+        visible[1, :, 4:6] = False
+    elif kind == "packed":
+        visible[0, 6:, :6] = False
+        visible[1, 2:, :2] = False
+        visible[1, 9:, :9] = False
+    return visible

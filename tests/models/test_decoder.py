@@ -11,9 +11,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from tests.models.conftest import GREEDY
 from trialist.models import ModularDecoderConfig, ModularDecoderForCausalLM, initialize_
 
-GREEDY = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 VARIANTS = {
     "full": {"layer_types": ["full_attention"] * 2},
     "selective": {"layer_types": ["selective_attention"] * 2},

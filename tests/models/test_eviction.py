@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests.models.conftest import SIZES
+from tests.models.conftest import GREEDY, SIZES, layout, states
 from trialist.models import disable_eviction, enable_eviction, enable_selective_attention, load_model
 from trialist.models.eviction import swap
 from trialist.models.eviction.cache import EvictingCacheLayer, cache_bytes
 from trialist.models.eviction.policies import HeavyHitters, Recency, attend_evicting
 from trialist.models.masks import visible_columns
-
-GREEDY = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def by_steps(
@@ -62,26 +60,6 @@ def by_steps(
             rows.append([j for j in alive if visible[b, T - 1, j]])
         ends.append(rows)
     return output, ends
-
-
-def states(B: int = 2, H: int = 4, G: int = 2, T: int = 13, D: int = 4, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (B, H, T, D), (B, G, T, D), (B, G, T, D)
-    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) * 2 for shape in shapes)
-    return q, k, v
-
-
-def layout(kind: str, B: int = 2, T: int = 13) -> Tensor:
-    visible = torch.ones(T, T, dtype=torch.bool).tril().repeat(B, 1, 1)
-    if kind == "left padding":
-        visible[1, :, :5] = False
-    elif kind == "a hole":
-        visible[1, :, 4:6] = False
-    elif kind == "packed":
-        visible[0, 6:, :6] = False
-        visible[1, 2:, :2] = False
-        visible[1, 9:, :9] = False
-    return visible
 
 
 def evicting(

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tests.models.conftest import GREEDY
 from trialist.models import (
     PEER,
     ModularDecoderConfig,
@@ -21,7 +22,6 @@ from trialist.models import (
 )
 from trialist.optimizers import adamw
 
-GREEDY = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 SETTINGS = {"num_experts": 49, "num_heads": 3, "top_k": 4, "key_dim": 6}
 LAYERS = {"ffn_types": ["peer", "swiglu"], "peer": SETTINGS}
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
+from tests.models.conftest import GREEDY
 from trialist.models import (
     ModularDecoderConfig,
     ModularDecoderForCausalLM,
@@ -17,7 +18,6 @@ from trialist.models import (
 from trialist.models.documents import keeps_documents_apart
 from trialist.models.recurrent.mixer import CausalConvolution, tokens_since
 
-GREEDY = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 VARIANTS = {
     "min_gru": {"layer_types": ["min_gru"] * 2},
     "min_lstm-no-conv": {"layer_types": ["min_lstm"] * 2, "min_rnn": {"conv_kernel": None, "expansion": 1.5}},

@@ -8,13 +8,11 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from tests.models.conftest import FAMILIES, SIZES, sharpen
+from tests.models.conftest import FAMILIES, GREEDY, SIZES, sharpen
 from trialist.models import disable_selective_attention, enable_selective_attention, load_model
 from trialist.models.masks import first_tokens
 from trialist.models.selective_attention.cache import SelectiveCacheLayer
 from trialist.models.selective_attention.mixer import attend_selectively
-
-GREEDY = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def by_loop(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, head: int = 0) -> tuple[Tensor, Tensor]:

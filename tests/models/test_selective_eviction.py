@@ -10,14 +10,13 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import Tensor
 from transformers import DynamicCache
 
+from tests.models.conftest import GREEDY, layout, states
 from trialist.models import ModularDecoderConfig, enable_selective_attention
 from trialist.models.eviction.cache import UNDO_WINDOW, cache_bytes
 from trialist.models.masks import visible_columns
 from trialist.models.selective_attention import mixer, swap
 from trialist.models.selective_attention.cache import SelectiveCacheLayer, StaticSelectiveCacheLayer
 from trialist.models.selective_attention.mixer import attend_selectively
-
-GREEDY = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def by_steps(
@@ -50,28 +49,6 @@ def by_steps(
                 alive.remove(max(may_go, key=lambda j: (F[j], -j)))
         ends.append([j for j in alive if visible[b, T - 1, j]])
     return output, ends
-
-
-def states(B: int = 2, H: int = 4, G: int = 2, T: int = 13, D: int = 4, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (B, H, T, D), (B, G, T, D), (B, G, T, D)
-    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) * 2 for shape in shapes)
-    return q, k, v
-
-
-def layout(kind: str, B: int = 2, T: int = 13) -> Tensor:
-    visible = torch.ones(T, T, dtype=torch.bool).tril().repeat(B, 1, 1)
-    if kind == "left padding":
-        visible[1, :, :5] = False
-    elif kind == "right padding":
-        visible[1, :, T - 3 :] = False
-    elif kind == "a hole":
-        visible[1, :, 4:6] = False
-    elif kind == "packed":
-        visible[0, 6:, :6] = False
-        visible[1, 2:, :2] = False
-        visible[1, 9:, :9] = False
-    return visible
 
 
 LAYOUTS = ["plain", "left padding", "right padding", "a hole", "packed"]

@@ -8,12 +8,11 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.models.conftest import SIZES
+from tests.models.conftest import GREEDY, SIZES
 from trialist.models import grow_experts, load_model, model_digest, peer_metrics, selected_logprobs, swap_ffn
 from trialist.models.swaps import SwappedPEER
 
 SETTINGS = {"num_experts": 49, "num_heads": 3, "top_k": 4, "key_dim": 6}
-GREEDY = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "smollm3", "gpt2", "gptneox"]
 families = pytest.mark.parametrize("name", FAMILIES)
 
