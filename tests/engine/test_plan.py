@@ -4,8 +4,9 @@ import pytest
 
 from trialist.engine.api import check_evidence_name, check_workers, split_settings
 from trialist.engine.contract import Arm, Endpoint
-from trialist.engine.plan import check_arms, in_blocks, prepare, replaced_endpoint
+from trialist.engine.plan import check_arms, check_choice, in_blocks, prepare, replaced_endpoint
 from trialist.engine.registry import load_trial, trial_paths, unknown
+from trialist.engine.tuning import Tuned
 
 
 def prepared(**settings):
@@ -81,11 +82,32 @@ def test_blocks_hold_every_arm_of_a_seed_next_to_each_other(coins):
         ([Arm("a", "control", null=True), Arm("b", "treatment", null=True)], "every setting is null"),
         ([Arm("a", "factor"), Arm("b", "factor")], "need `effect`"),
         ([Arm("a", "control", tune={"x": (1, 2, 3)}), Arm("b", "treatment")], "every arm gets 2 tries"),
+        ([Arm("a", "control"), Arm("b", "treatment", tuned_as="a")], "tuned as 'a', so it has no `tune`"),
+        (
+            [Arm("a", "control", tune={"x": (1, 2)}), Arm("b", "treatment", tune={"x": (1, 2)}, tuned_as="a")],
+            "tuned as 'a', so it has no `tune`",
+        ),
     ],
 )
 def test_arms_that_cannot_give_a_verdict_are_refused(coins, arms, message):
     with pytest.raises(ValueError, match=message):
         check_arms("coins", load_trial("coins")(), arms)
+
+
+def test_an_arm_that_is_tuned_as_another_takes_the_values_chosen_for_that_one_in_every_setting():
+    arms = [
+        Arm("a", "control", options={"x": 0}, tune={"x": (1, 2)}),
+        Arm("b", "treatment", options={"x": 0}, tuned_as="a"),
+        Arm("b", "treatment", "null", null=True, options={"x": 0}, tuned_as="a"),
+    ]
+    assert [arm["x"] for arm in Tuned({"a": {"x": 2}}).apply(arms)] == [2, 2, 2]
+    assert [arm["x"] for arm in Tuned().apply(arms)] == [0, 0, 0]
+
+
+def test_leaving_out_the_arm_that_another_is_tuned_as_is_refused():
+    arms = [Arm("a", "control"), Arm("b", "treatment", tuned_as="c")]
+    with pytest.raises(ValueError, match="--arms leaves b without c, whose tuned values it takes"):
+        check_choice("coins", arms)
 
 
 def test_a_replaced_endpoint_needs_a_margin_and_a_direction(coins):

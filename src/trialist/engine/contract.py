@@ -149,6 +149,8 @@ class Arm:
     """Scalars or frozen dataclasses of scalars"""
     tune: Mapping[str, tuple] | None = None
     """Knob -> values to try; the product of all knobs must have `Tuning.tries` points"""
+    tuned_as: str | None = None
+    """Instead of `tune`: the arm whose chosen values it takes, as where several arms read one trained model"""
     about: str = ""
     """One line for `trialist show`"""
 

@@ -209,6 +209,11 @@ def check_arms(name: str, trial: Trial, arms: Sequence[Arm]) -> None:
             raise ValueError(
                 f"trial {name}: arm {arm.name!r} tunes over {points} points, but every arm gets {trial.tuning.tries} tries"
             )
+    for arm in arms:
+        if arm.tuned_as is not None and (arm.tune is not None or arm.tuned_as not in {other.name for other in tuned}):
+            raise ValueError(
+                f"trial {name}: arm {arm.name!r} is tuned as {arm.tuned_as!r}, so it has no `tune` of its own, and that arm has"
+            )
 
 
 def names_benchmark(endpoint: str | None) -> bool:
@@ -220,6 +225,12 @@ def check_choice(name: str, arms: Sequence[Arm]) -> None:
     """Raises ValueError where the arms that --arms leaves cannot give a verdict."""
     if all(arm.null for arm in arms):
         raise ValueError(f"--arms leaves {name} no setting that decides; name arms of its other settings as well")
+    names = {arm.name for arm in arms}
+    for arm in arms:
+        if arm.tuned_as not in (None, *names):
+            raise ValueError(
+                f"--arms leaves {arm.name} without {arm.tuned_as}, whose tuned values it takes; name that as well"
+            )
     setting = primary_setting(list(arms))
     left = {arm.role for arm in arms if arm.setting == setting}
     missing = [role for role in ("treatment", "control") if role not in left]

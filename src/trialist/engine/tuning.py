@@ -26,7 +26,7 @@ class Tuned:
     """`none`, `this ledger`, or that they shipped with the trial and at which preset they were tuned"""
 
     def apply(self, arms: Sequence[Arm]) -> tuple[Arm, ...]:
-        return tuple(arm.with_options(**self.values.get(arm.name, {})) for arm in arms)
+        return tuple(arm.with_options(**self.values.get(arm.tuned_as or arm.name, {})) for arm in arms)
 
     @property
     def equal(self) -> bool:
