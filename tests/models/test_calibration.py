@@ -4,34 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.models.conftest import EVICTING, tokens
 from trialist.models import (
     calibrate_budgets,
     enable_eviction,
     enable_selective_attention,
     get_budgets,
-    kv_bytes,
     memory_profile,
     selected_logprobs,
     set_budgets,
 )
-
-KINDS = ["decoder", "swapped llama", "h2o", "recency"]
-
-
-def tokens(N: int = 5, T: int = 24) -> Tensor:
-    return torch.randint(3, 37, (N, T), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def build(decoder, family):
-    def make(kind: str):  # type: ignore[no-untyped-def]
-        if kind == "decoder":
-            return decoder("selective_attention", "selective_attention")
-        if kind == "swapped llama":
-            return enable_selective_attention(family("llama"))
-        return enable_eviction(family("llama"), kind, **({"sinks": 1} if kind == "recency" else {}))
-
-    return make
 
 
 def silence(model, layer: int) -> None:  # type: ignore[no-untyped-def]
@@ -73,9 +55,9 @@ def test_tokens_go_where_they_lower_a_convex_loss_most(decoder, monkeypatch, tot
         assert convex(found) <= 1.02 * convex(best)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_cuts_stop_where_the_loss_would_exceed_its_target(build, kind: str) -> None:
-    model = build(kind)
+@pytest.mark.parametrize("kind", EVICTING)
+def test_cuts_stop_where_the_loss_would_exceed_its_target(evicting, kind: str) -> None:
+    model = evicting(kind)
     silence(model, 0)
     rows = own_words(model, tokens())
     full = nats(model, rows)
@@ -84,7 +66,8 @@ def test_cuts_stop_where_the_loss_would_exceed_its_target(build, kind: str) -> N
     assert nats(model, rows) <= full + 1e-6
     looser = calibrate_budgets(model, rows, target=full + 0.5, step=3, progress=False)
     assert full + 1e-6 < nats(model, rows) <= full + 0.5
-    assert sum(looser) < sum(found)
+    looser, tight = ([24 if budget is None else budget for budget in budgets] for budgets in (looser, found))
+    assert sum(looser) < sum(tight)
     for layer in (0, 1):  # a further step in any layer that has one left would be too much
         if looser[layer] > 2:
             further = list(looser)
@@ -93,8 +76,8 @@ def test_cuts_stop_where_the_loss_would_exceed_its_target(build, kind: str) -> N
             assert nats(model, rows) > full + 0.5
 
 
-def test_a_total_is_met_exactly_and_spent_at_least_as_well_as_by_equal_budgets(build) -> None:
-    model = build("decoder")
+def test_a_total_is_met_exactly_and_spent_at_least_as_well_as_by_equal_budgets(evicting) -> None:
+    model = evicting("decoder")
     rows = own_words(model, tokens())
     found = calibrate_budgets(model, rows, total=15, step=1, progress=False)
     assert sum(found) == 15
@@ -112,10 +95,10 @@ def loss_with(model, rows: dict[str, Tensor], budgets: list[int]) -> float:  # t
     return nats(model, rows)
 
 
-def test_no_allocation_is_evaluated_twice_and_progress_is_told(build, monkeypatch) -> None:
+def test_no_allocation_is_evaluated_twice_and_progress_is_told(evicting, monkeypatch) -> None:
     from trialist.models.eviction import calibration
 
-    model, seen, told = build("decoder"), [], []
+    model, seen, told = evicting("decoder"), [], []
     evaluate = calibration._loss
 
     def counting(model, batches):  # type: ignore[no-untyped-def]
@@ -132,8 +115,8 @@ def test_no_allocation_is_evaluated_twice_and_progress_is_told(build, monkeypatc
     assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
 
 
-def test_labels_and_documents_of_packed_rows_are_honoured(build) -> None:
-    model = build("decoder")
+def test_labels_and_documents_of_packed_rows_are_honoured(evicting) -> None:
+    model = evicting("decoder")
     positions = torch.cat([torch.arange(5), torch.arange(7)]).expand(2, 12)
     batch = own_words(model, tokens(2, 12), position_ids=positions)
     batch["labels"][:, 5] = -100
@@ -146,22 +129,90 @@ def test_labels_and_documents_of_packed_rows_are_honoured(build) -> None:
     assert told[-1] == pytest.approx(full)
 
 
-def test_a_failed_calibration_leaves_the_budgets_as_they_were(build) -> None:
-    model = build("decoder")
+@pytest.mark.parametrize("kind", EVICTING)
+def test_a_layer_of_which_no_cut_is_harmless_keeps_everything_also_of_longer_texts(evicting, kind: str) -> None:
+    model = evicting(kind)
+    model.config.max_position_embeddings = 200
+    silence(model, 0)
+    rows = own_words(model, tokens())
+    found = calibrate_budgets(model, rows, target=nats(model, rows) + 1e-6, step=22, progress=False)
+    assert found[0] is not None
+    assert found[1] is None
+    assert get_budgets(model) == found
+    longer = tokens(2, 60)
+    with torch.no_grad():
+        pruned = model(longer).logits
+        set_budgets(model, None)
+        torch.testing.assert_close(pruned, model(longer).logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"total": 1000}, r"total is 1000 and the layers begin with 48 tokens, budgets of \[24, 24\] on rows of 24"),
+        ({"total": 30, "start": [5, 5]}, r"total is 30 and the layers begin with 10 tokens, budgets of \[5, 5\]"),
+        ({"total": 49}, "give a smaller total, longer rows or a larger start"),
+    ],
+)
+def test_a_total_out_of_reach_is_refused_with_both_numbers(evicting, arguments, words: str) -> None:
+    model = evicting("decoder")
+    with pytest.raises(ValueError, match=words):
+        calibrate_budgets(model, tokens(), progress=False, **arguments)
+    assert get_budgets(model) == [None, None]
+
+
+def test_a_failed_calibration_leaves_the_budgets_as_they_were(evicting) -> None:
+    model = evicting("decoder")
     set_budgets(model, [5, 7])
     with pytest.raises(ValueError, match=r"before any cut, above the target of 0\.0100"):
         calibrate_budgets(model, tokens(), target=0.01, progress=False)
     assert get_budgets(model) == [5, 7]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_budgets_are_saved_with_the_configuration(build, kind: str, tmp_path) -> None:
+@pytest.mark.parametrize("kind", EVICTING)
+def test_budgets_are_saved_with_the_configuration(evicting, kind: str, tmp_path) -> None:
     from trialist.models import load_model
 
-    model = build(kind)
+    model = evicting(kind)
     set_budgets(model, [5, None])
     model.save_pretrained(tmp_path)
     assert get_budgets(load_model(str(tmp_path))) == [5, None]
+
+
+ENABLE = {
+    "selective": lambda model: enable_selective_attention(model, 2, budgets=[4, 6]),
+    "eviction": lambda model: enable_eviction(model, "recency", [4, 6], sinks=1),
+}
+
+
+@pytest.mark.parametrize("enable", ENABLE.values(), ids=ENABLE)
+@pytest.mark.parametrize("when", ["saved with the base", "enabled again"])
+def test_an_adapter_finds_its_settings_in_its_base_or_is_given_them_again(family, tmp_path, enable, when: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from trialist.models import load_model
+
+    base, rows = family("llama"), tokens(2, 12)
+    if when == "saved with the base":
+        enable(base)
+    base.save_pretrained(tmp_path / "base")
+    base = load_model(str(tmp_path / "base"))
+    if when == "enabled again":
+        enable(base)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(base, lora).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load_model(str(tmp_path / "adapter"))
+    if when == "enabled again":
+        assert get_budgets(loaded) == []
+        enable(loaded)
+    assert get_budgets(loaded) == [4, 6]
+    torch.testing.assert_close(loaded(rows).logits, model(input_ids=rows).logits)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = load_model(str(tmp_path / "merged"))
+    assert get_budgets(again) == [4, 6]
+    torch.testing.assert_close(again(rows).logits, loaded(rows).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_budgets_of_chosen_layers_stand_in_the_order_in_which_they_were_chosen(family) -> None:
@@ -171,41 +222,28 @@ def test_budgets_of_chosen_layers_stand_in_the_order_in_which_they_were_chosen(f
     assert model.config.selective_attention["budgets"] == [9, 5]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("T", [30, 160])
-def test_measured_bytes_are_those_of_the_budgets_and_of_the_token_evicted_next(build, kind: str, T: int) -> None:
-    model, rows = build(kind), tokens(2, T)
-    model.config.max_position_embeddings = 200
-    set_budgets(model, [10, 20])
-    groups, width = 3, 4
-    noted = {"h2o": groups * 8, "recency": 4}.get(kind, 8)  # column, and what the token is scored by
-    kept = groups * 4 if kind == "h2o" else 4  # the indices of those that stay, a token of the budget each
-    entry = groups * width * 4 * 2 + noted
-    assert kv_bytes(model, rows) == (11 + 21) * entry + (10 + 20) * kept
-
-
-def test_profile_without_selections_counts_every_token(build) -> None:
-    model, rows = build("decoder"), tokens(2, 12)
-    with torch.no_grad():
-        for block in model.model.layers:
-            block.mixer.q_proj.weight[:4] = 0.0  # head 0 selects nothing
-    for layer in memory_profile(model, rows, batch_size=1):
-        assert (layer.remembered_mean, layer.remembered_max) == pytest.approx((6.5, 12.0))
-        assert (layer.seen_mean, layer.seen_max) == (6.5, 12.0)
-        assert layer.bytes == 12 * (4 * 3 * 4 * 2 + 4)
-
-
-def test_profile_of_a_pruned_padded_batch_counts_what_is_alive(build) -> None:
-    model, rows = build("swapped llama"), tokens(2, 12)
-    mask = torch.ones_like(rows)
-    mask[1, :6] = 0
-    set_budgets(model, [4, None])
-    first, second = memory_profile(model, {"input_ids": rows, "attention_mask": mask})
-    seen = [min(n, 5) for n in range(1, 13)] + [min(n, 5) for n in range(1, 7)]  # the budget, and the query itself
-    assert (first.seen_mean, first.seen_max) == pytest.approx((sum(seen) / 18, 5))
-    assert (second.seen_mean, second.seen_max) == pytest.approx((sum(range(1, 13)) / 18 + sum(range(1, 7)) / 18, 12))
-    assert 1 <= first.remembered_mean <= first.seen_mean
-    assert first.remembered_max <= 5
+@pytest.mark.parametrize(
+    ("rows", "options", "words"),
+    [
+        (tokens(5, 1), {}, "rows hold no scored token"),
+        ({"input_ids": tokens(), "labels": torch.full((5, 24), -100)}, {}, "rows hold no scored token"),
+        ({"input_ids": tokens(), "attention_mask": torch.zeros(5, 24, dtype=torch.long)}, {}, "nothing but padding"),
+        (
+            {"input_ids": tokens(), "attention_mask": torch.ones(4, 24, dtype=torch.long)},
+            {},
+            "has 4 rows and input_ids 5",
+        ),
+        (tokens()[0], {}, r"rows have shape \(24,\), wanted token ids \(N, T\)"),
+        (tokens(), {"batch_size": 0}, "batch_size is 0; it must be at least 1 row"),
+        (tokens(), {"batch_size": -1}, "batch_size is -1; it must be at least 1 row"),
+    ],
+)
+def test_rows_that_measure_nothing_are_refused(evicting, rows, options, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        calibrate_budgets(evicting("decoder"), rows, total=20, progress=False, **options)
+    if "scored" not in words:
+        with pytest.raises(ValueError, match=words):
+            memory_profile(evicting("decoder"), rows, **options)
 
 
 @pytest.mark.parametrize(
@@ -218,9 +256,9 @@ def test_profile_of_a_pruned_padded_batch_counts_what_is_alive(build) -> None:
         ({"total": 20, "start": [9]}, "names 1 budgets for 2 layers"),
     ],
 )
-def test_wrong_arguments_are_refused(build, arguments, words: str) -> None:
+def test_wrong_arguments_are_refused(evicting, arguments, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        calibrate_budgets(build("decoder"), tokens(), progress=False, **arguments)
+        calibrate_budgets(evicting("decoder"), tokens(), progress=False, **arguments)
 
 
 def test_models_without_a_layer_that_can_evict_are_refused(family) -> None:

@@ -7,14 +7,11 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from tests.models.conftest import GREEDY, SIZES, layout, states
-from trialist.models import disable_eviction, enable_eviction, enable_selective_attention, load_model
-from trialist.models.eviction import swap
-from trialist.models.eviction.cache import EvictingCacheLayer, cache_bytes
-from trialist.models.eviction.policies import HeavyHitters, Recency, attend_evicting
-from trialist.models.masks import visible_columns
+from tests.models.conftest import brought, layout, states
+from trialist.models.eviction.attention import attend_evicting
+from trialist.models.eviction.cache import EvictingCacheLayer
+from trialist.models.eviction.policies import HeavyHitters, Recency
 
 
 def by_steps(
@@ -109,7 +106,7 @@ def test_pieces_give_the_definition_and_keep_its_survivors(policy, pieces: list[
     for piece in pieces:
         part = slice(start, start + piece)
         mask = visible[:, None, part, : part.stop]
-        keys, values = layer.update(key[:, :, part], value[:, :, part])
+        keys, values = brought(layer, key[:, :, part], value[:, :, part])
         outputs.append(evicting(query[:, :, part], keys, values, mask, policy, budget, layer))
         start += piece
     real = visible.diagonal(dim1=1, dim2=2)
@@ -138,7 +135,7 @@ def test_a_token_that_everyone_attends_to_stays_and_others_leave_with_age() -> N
     key[...] = 0
     key[:, :, 3], query[...] = 4.0, 1.0
     layer = EvictingCacheLayer()
-    evicting(query, *layer.update(key, value), None, HeavyHitters(0.5), 4, layer)
+    evicting(query, *brought(layer, key, value), None, HeavyHitters(0.5), 4, layer)
     layer._drop()
     assert layer.columns.tolist() == [[[0, 3, 11, 12]]]  # token 0 gathered attention before token 3 came
 
@@ -154,7 +151,7 @@ def test_crop_within_the_latest_call_takes_evictions_back(policy, removed: int) 
         output = query
         for piece in pieces:
             part = slice(start, start + piece)
-            keys, values = layer.update(key[:, :, part], value[:, :, part])
+            keys, values = brought(layer, key[:, :, part], value[:, :, part])
             mask = visible[:, None, part, : part.stop]
             output = evicting(query[:, :, part], keys, values, mask, policy, 4, layer)
             start += piece
@@ -166,156 +163,3 @@ def test_crop_within_the_latest_call_takes_evictions_back(policy, removed: int) 
     feed(fresh, [6, 3 - removed] if removed < 3 else [6])
     torch.testing.assert_close(feed(cropped, [2, 1], 9 - removed), feed(fresh, [2, 1], 9 - removed))
     assert torch.equal(cropped.columns, fresh.columns)
-
-
-# --- models ---------------------------------------------------------------------------------------------------------
-
-MODELS = ["decoder", "llama", "qwen2", "gpt2"]
-SETTINGS = {"recency": {"policy": "recency", "sinks": 1}, "h2o": {"policy": "h2o"}}
-BUDGETS = [4, 6]
-setting = pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
-
-
-@pytest.fixture
-def standard(decoder, family):
-    def build(name: str, **changes):  # type: ignore[no-untyped-def]
-        return decoder("full_attention", "full_attention", **changes) if name == "decoder" else family(name, **changes)
-
-    return build
-
-
-@setting
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_of_a_model_are_those_of_the_definition_in_every_layer(
-    standard, padded, monkeypatch, name: str, options: dict
-) -> None:
-    model = enable_eviction(standard(name).double(), budgets=BUDGETS, **options)
-    ids, mask = padded
-    logits = model(ids, attention_mask=mask, use_cache=False).logits
-    seen = []
-
-    def naive(attend, query, key, attention_mask, *, scaling, policy, budget, layer):  # type: ignore[no-untyped-def]
-        B, _, T, _ = query.shape
-        visible = visible_columns(attention_mask)[:, 0].expand(B, T, T)
-        seen.append(budget)
-        value = next(
-            cell.cell_contents for cell, name in zip(attend.__closure__, attend.__code__.co_freevars) if name == "value"
-        )
-        return by_steps(query, key, value, visible, budget, scaling, policy)[0], None
-
-    monkeypatch.setattr(swap, "attend_evicting", naive)
-    expected = model(ids, attention_mask=mask, use_cache=False).logits
-    assert seen == BUDGETS
-    torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], rtol=1e-9, atol=1e-9)
-
-
-@setting
-@pytest.mark.parametrize(("name", "implementation"), [*((name, "sdpa") for name in MODELS), ("llama", "eager")])
-def test_every_way_of_generating_equals_generating_without_a_cache(
-    standard, padded, name: str, implementation: str, options: dict
-) -> None:
-    changes = {} if name == "decoder" else {"implementation": implementation}
-    model = enable_eviction(standard(name, **changes), budgets=BUDGETS, **options)
-    model = model if implementation == "eager" else model.double()  # eager attention takes its softmax in float32
-    ids, mask = padded
-    uncached = model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY)
-    for chunks in ({}, {"prefill_chunk_size": 3}, {"prefill_chunk_size": 7}):
-        result = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **chunks, **GREEDY)
-        assert torch.equal(result.sequences, uncached), chunks
-        layers = result.past_key_values.layers
-        assert [layer.keys.shape[2] for layer in layers] == [budget + 1 for budget in BUDGETS]
-    beams = [
-        model.generate(ids, attention_mask=mask, num_beams=3, use_cache=cached, **GREEDY) for cached in (True, False)
-    ]
-    assert torch.equal(*beams)
-    lookup = model.generate(ids[:1], prompt_lookup_num_tokens=4, max_matching_ngram_size=1, **GREEDY)
-    assert torch.equal(lookup, uncached[:1])
-
-
-@setting
-@pytest.mark.parametrize("budgets", [None, 30])
-@pytest.mark.parametrize("name", ["decoder", "gpt2"])
-def test_budgets_that_hold_everything_change_no_bit(standard, padded, name: str, budgets, options: dict) -> None:
-    model, (ids, mask) = standard(name), padded
-    full = {"attention_mask": mask, "output_logits": True, "return_dict_in_generate": True, **GREEDY}
-    logits, tokens = model(ids, attention_mask=mask).logits, model.generate(ids, **full)
-    enable_eviction(model, budgets=budgets, **options)
-    assert torch.equal(model(ids, attention_mask=mask).logits, logits)
-    again = model.generate(ids, **full)
-    assert torch.equal(again.sequences, tokens.sequences)
-    assert all(map(torch.equal, again.logits, tokens.logits))
-
-
-@setting
-def test_disabling_restores_the_model_bit_for_bit(standard, padded, options: dict) -> None:
-    model, (ids, mask) = standard("llama"), padded
-    before = model(ids, attention_mask=mask).logits
-    enable_eviction(model, budgets=4, **options)
-    assert (model(ids, attention_mask=mask).logits - before)[mask.bool()].abs().max() > 0.1
-    disable_eviction(model)
-    assert torch.equal(model(ids, attention_mask=mask).logits, before)
-    assert not hasattr(model.config, "eviction")
-
-
-@setting
-def test_settings_survive_saving_and_loading(standard, padded, tmp_path, options: dict) -> None:
-    model, (ids, mask) = enable_eviction(standard("llama"), budgets=[None, 4], **options), padded
-    model.save_pretrained(tmp_path)
-    loaded = load_model(str(tmp_path))
-    assert torch.equal(loaded(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
-    assert loaded.config.eviction == model.config.eviction
-
-
-@setting
-def test_memory_of_evicted_tokens_is_free(standard, options: dict) -> None:
-    model = enable_eviction(standard("llama", max_position_embeddings=200), budgets=[8, None], **options)
-    ids = torch.randint(3, 37, (2, 150), generator=torch.Generator().manual_seed(0))
-    cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache)
-    assert cache.get_seq_length() == 150
-    B, G, D = 2, 3, 4
-    rows = G if options["policy"] == "h2o" else 1
-    known = rows * 4 * (2 if options["policy"] == "h2o" else 1)  # columns, and scores of heavy hitters
-    assert cache_bytes(cache) == B * (8 * (2 * G * D * 4 + known) + 150 * 2 * G * D * 4)
-
-
-def test_gradients_pass_through_the_attention_that_is_left(standard, padded) -> None:
-    model = enable_eviction(standard("llama"), budgets=4).train()
-    model(padded[0], labels=padded[0]).loss.backward()
-    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"policy": "h20"}, "policy 'h20' is unknown; choose one of recency, h2o"),
-        ({"policy": "h2o", "sinks": 4}, "policy 'h2o' has no option sinks; it has recent_share"),
-        ({"policy": Recency(), "sinks": 4}, "give them to the object"),
-        ({"policy": "recency", "budgets": 4}, "sinks is 4; give 0 or more, and fewer than the budget of 4"),
-        ({"recent_share": 1.5, "budgets": 4}, "recent_share is 1.5"),
-        ({"budgets": [4]}, "names 1 budgets for 2 layers"),
-        ({"layers": [7], "budgets": 4}, r"layers \[7\] are not attention layers"),
-    ],
-)
-def test_wrong_arguments_are_refused_and_leave_the_model_untouched(standard, padded, arguments, words: str) -> None:
-    model = standard("llama")
-    before = model(padded[0]).logits
-    with pytest.raises(ValueError, match=words):
-        enable_eviction(model, **arguments)
-    assert torch.equal(model(padded[0]).logits, before)
-
-
-def test_what_cannot_be_evicted_from_is_refused_with_words(standard, padded) -> None:
-    import transformers
-
-    with pytest.raises(ValueError, match="sliding window of 8 tokens"):
-        enable_eviction(
-            transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES, sliding_window=8)), budgets=4
-        )
-    with pytest.raises(ValueError, match="evicts by itself"):
-        enable_eviction(enable_selective_attention(standard("llama")), budgets=4)
-    model = enable_eviction(standard("llama"), budgets=4)
-    with pytest.raises(ValueError, match="enabled already"):
-        enable_eviction(model, budgets=4)
-    with pytest.raises(ValueError, match=r"layer 0 of the given cache is a StaticLayer. Use DynamicCache\(\)"):
-        model.generate(padded[0], cache_implementation="static", **GREEDY)

@@ -344,6 +344,7 @@ def test_models_that_cannot_be_swapped_are_refused_with_words(build, words: str)
         ({"selector_head": "auto"}, "pass token ids as inputs="),
         ({"selector_head": "best"}, 'one head a layer, or "auto"'),
         ({"layers": [0, 7]}, r"layers \[7\] are not attention layers"),
+        ({"layers": [1, 1]}, r"layers is \[1, 1\], which names a layer twice"),
     ],
 )
 def test_wrong_arguments_are_refused_and_leave_the_model_untouched(family, padded, arguments, words: str) -> None:
@@ -378,6 +379,7 @@ def test_enabling_twice_is_refused(family) -> None:
 def test_swapped_model_compiles_without_graph_break_and_computes_the_same(family, padded) -> None:
     model, ids = enable_selective_attention(family("llama")), padded[0]
     expected = model(ids, use_cache=False).logits
+    torch.compiler.reset()
     for layer in model.model.layers:
         layer.compile(fullgraph=True)
     torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)

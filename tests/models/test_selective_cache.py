@@ -7,7 +7,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from trialist.models import SelectiveCacheLayer, StaticSelectiveCacheLayer, enable_selective_attention
-from trialist.models.selective_attention.cache import UNDO_WINDOW, selective_layer
+from trialist.models.eviction.cache import UNDO_WINDOW
+from trialist.models.selective_attention.cache import selective_layer
 from trialist.models.selective_attention.mixer import attend_selectively
 
 

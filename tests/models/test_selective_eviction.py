@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests.models.conftest import GREEDY, layout, states
+from tests.models.conftest import GREEDY, brought, layout, states
 from trialist.models import ModularDecoderConfig, enable_selective_attention
 from trialist.models.eviction.cache import UNDO_WINDOW, cache_bytes
 from trialist.models.masks import visible_columns
@@ -82,7 +82,7 @@ def test_pieces_give_the_definition_and_keep_its_survivors(pieces: list[int], ki
     for piece in pieces:
         part = slice(start, start + piece)
         mask = visible[:, None, part, : part.stop]
-        keys, values = layer.update(key[:, :, part], value[:, :, part])
+        keys, values = brought(layer, key[:, :, part], value[:, :, part])
         outputs.append(
             attend_selectively(query[:, :, part], keys, values, mask, scaling=0.5, layer=layer, budget=budget)
         )
@@ -104,7 +104,7 @@ def test_the_first_token_stays_unless_it_is_not_protected() -> None:
     query[:, 0], key[:, 0] = query[:, 0].abs(), key[:, 0].abs()  # every earlier token is selected, the first most often
     for protect, survives in ((True, True), (False, False)):
         layer = SelectiveCacheLayer()
-        keys, values = layer.update(key, value)
+        keys, values = brought(layer, key, value)
         output = attend_selectively(query, keys, values, None, scaling=0.5, layer=layer, budget=4, protect_bos=protect)
         expected, ends = by_steps(query, key, value, layout("plain", 1), 4, 0.5, protect_bos=protect)
         torch.testing.assert_close(output, expected)
@@ -117,7 +117,7 @@ def test_without_selections_the_oldest_token_behind_the_first_goes() -> None:
     query, key, value = states(B=1)
     query[:, 0], key[:, 0] = -query[:, 0].abs(), key[:, 0].abs()
     layer = SelectiveCacheLayer()
-    attend_selectively(query, *layer.update(key, value), None, scaling=0.5, layer=layer, budget=4)
+    attend_selectively(query, *brought(layer, key, value), None, scaling=0.5, layer=layer, budget=4)
     layer._drop()
     assert layer.columns.tolist() == [[[0, 10, 11, 12]]]
 
@@ -127,8 +127,8 @@ def test_a_budget_that_holds_everything_changes_no_bit(budget: int | None) -> No
     query, key, value = states()
     mask = layout("left padding")[:, None]
     full, pruned = SelectiveCacheLayer(), SelectiveCacheLayer()
-    expected = attend_selectively(query, *full.update(key, value), mask, scaling=0.5, layer=full)
-    output = attend_selectively(query, *pruned.update(key, value), mask, scaling=0.5, layer=pruned, budget=budget)
+    expected = attend_selectively(query, *brought(full, key, value), mask, scaling=0.5, layer=full)
+    output = attend_selectively(query, *brought(pruned, key, value), mask, scaling=0.5, layer=pruned, budget=budget)
     assert torch.equal(output, expected)
     assert torch.equal(pruned.penalty, full.penalty)
     assert pruned.columns is None
@@ -260,7 +260,7 @@ def test_crop_within_the_latest_call_takes_evictions_back(pieces: list[int], pad
         output = query
         for piece in pieces:
             part = slice(start, start + piece)
-            keys, values = layer.update(key[:, :, part], value[:, :, part])
+            keys, values = brought(layer, key[:, :, part], value[:, :, part])
             mask = visible[:, None, part, : part.stop]
             output = attend_selectively(query[:, :, part], keys, values, mask, scaling=0.5, layer=layer, budget=4)
             start += piece
@@ -284,7 +284,7 @@ def test_crop_beyond_an_eviction_is_refused_with_the_reach() -> None:
     layer = SelectiveCacheLayer()
     for part in (slice(0, 10), slice(10, 11), slice(11, 13)):
         attend_selectively(
-            query[:, :, part], *layer.update(key[:, :, part], value[:, :, part]), None,
+            query[:, :, part], *brought(layer, key[:, :, part], value[:, :, part]), None,
             scaling=0.5, layer=layer, budget=4,
         )  # fmt: skip
     with pytest.raises(RuntimeError, match="take back its last 2 tokens, 3 were asked for"):
@@ -293,15 +293,20 @@ def test_crop_beyond_an_eviction_is_refused_with_the_reach() -> None:
 
 def test_memory_of_evicted_tokens_is_free() -> None:
     T, B, G, D = 300, 2, 2, 8
-    query, key, value = (state.float() for state in states(B, 4, G, T, D))
+    query, key, value = (state.float() for state in states(B, 4, G, T + 1, D))
     layer, full = SelectiveCacheLayer(), SelectiveCacheLayer()
-    attend_selectively(query, *layer.update(key, value), None, scaling=0.1, layer=layer, budget=10)
-    attend_selectively(query, *full.update(key, value), None, scaling=0.1, layer=full)
-    assert T > UNDO_WINDOW
-    assert layer.keys.untyped_storage().nbytes() == layer.values.untyped_storage().nbytes() == B * G * 10 * D * 4
-    bytes_per_token = B * (G * D * 4 * 2 + 4)  # keys, values and the penalty
-    assert cache_bytes(cache_of(full)) == T * bytes_per_token
-    assert cache_bytes(cache_of(layer)) == 10 * (bytes_per_token + B * 4)  # and the column
+    for held, budget in ((layer, 10), (full, None)):
+        for part in (slice(0, T), slice(T, T + 1)):
+            brought_in = brought(held, key[:, :, part], value[:, :, part])
+            attend_selectively(query[:, :, part], *brought_in, None, scaling=0.1, layer=held, budget=budget)
+            if held is layer and part.start == 0:
+                assert layer.keys.shape[2] == 10 + UNDO_WINDOW  # until the next call
+    assert layer.keys.untyped_storage().nbytes() == layer.values.untyped_storage().nbytes() == B * G * 11 * D * 4
+    entry = B * (G * D * 4 * 2 + 4 + 4)  # keys, values, the penalty, and the penalty before the latest token
+    assert cache_bytes(cache_of(layer)) == 11 * (entry + B * 4) + 10 * B * 4  # columns, and what stays
+    window = UNDO_WINDOW - 1
+    kept_to_replay = B * (window * D * 4 + (T - 1) * (4 + 1))  # selector queries, F before them, first tokens
+    assert cache_bytes(cache_of(full)) <= (T + 1) * entry + kept_to_replay + B * T * 4  # and F before the window
 
 
 def cache_of(layer: SelectiveCacheLayer) -> DynamicCache:
@@ -324,7 +329,7 @@ def test_rows_keep_their_own_tokens_when_the_batch_moves(operation: str) -> None
     layer = SelectiveCacheLayer()
     part = slice(0, 12)
     attend_selectively(
-        query[:, :, part], *layer.update(key[:, :, part], value[:, :, part]), None, scaling=0.5, layer=layer, budget=4
+        query[:, :, part], *brought(layer, key[:, :, part], value[:, :, part]), None, scaling=0.5, layer=layer, budget=4
     )
     if operation == "reorder":
         rows = [1, 1]
@@ -336,7 +341,7 @@ def test_rows_keep_their_own_tokens_when_the_batch_moves(operation: str) -> None
         rows = [1]
         layer.batch_select_indices(torch.tensor(rows))
     last = slice(12, 13)
-    keys, values = layer.update(key[rows][:, :, last], value[rows][:, :, last])
+    keys, values = brought(layer, key[rows][:, :, last], value[rows][:, :, last])
     output = attend_selectively(query[rows][:, :, last], keys, values, None, scaling=0.5, layer=layer, budget=4)
     expected, _ = by_steps(query, key, value, layout("plain"), 4, 0.5)
     torch.testing.assert_close(output, expected[rows][:, last])
@@ -384,6 +389,7 @@ def test_gradient_checkpointing_changes_no_gradient_of_a_pruned_model(pruned, pa
 def test_a_compiled_pruned_block_has_no_graph_break_and_computes_the_same(pruned, padded, name: str) -> None:
     model, ids = pruned(name), padded[0]
     expected = model(ids, use_cache=False).logits
+    torch.compiler.reset()
     for layer in model.model.layers:
         layer.compile(fullgraph=True)
     torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)

@@ -1,15 +1,24 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, get_scheduler
 
-from trialist.models import ModularDecoderConfig, ModularDecoderForCausalLM, enable_selective_attention, initialize_
+from trialist.models import (
+    ModularDecoderConfig,
+    ModularDecoderForCausalLM,
+    enable_selective_attention,
+    initialize_,
+    set_budgets,
+)
+from trialist.models.selective_attention.memory import record_memory
 from trialist.objectives import CrossEntropy, MemoryLoss
-from trialist.training import fit
+from trialist.training import ObjectiveTrainer, fit
 
 SIZES = {
     "vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -179,17 +188,109 @@ def test_training_with_the_price_forgets_more_than_training_without() -> None:
     assert kept[3.0] < 0.8 * kept[0.0]
 
 
-def test_nothing_is_recorded_or_held_once_the_objective_has_run() -> None:
+@pytest.mark.parametrize("gradients", [True, False])
+def test_nothing_is_recorded_or_computed_once_the_objective_has_run(gradients: bool) -> None:
     model = decoder()
-    MemoryLoss()(model, {"input_ids": tokens()})
-    model(tokens())
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         MemoryLoss()(model, {"input_ids": tokens()})
-        model(tokens())
     assert all(block.mixer.memory_record is None for block in model.model.layers)
+
+
+def test_under_gradient_checkpointing_nothing_is_held_once_the_objective_has_run() -> None:
+    model = decoder().train()
+    model.gradient_checkpointing_enable()
     MemoryLoss()(model, {"input_ids": tokens()})
     model(tokens())
     assert not any(block.mixer.memory_record.memories for block in model.model.layers)
+
+
+def rows_of_uneven_length(step: int) -> dict[str, Tensor]:
+    ids, mask = tokens(2, 9, seed=step), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 9 - step % 4 :] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def test_the_trainer_of_transformers_takes_the_losses_of_fit(tmp_path) -> None:
+    ours, theirs = decoder().float(), decoder().float()
+    objective, steps, accumulate = MemoryLoss(epsilon=2.0), 4, 2
+    expected = fit(ours, rows_of_uneven_length, objective, torch.optim.AdamW(ours.parameters(), 1e-3), "constant",
+                   {"steps": steps}, accumulate=accumulate, progress=False).losses  # fmt: skip
+    batches = [rows_of_uneven_length(index) for index in range(steps * accumulate)]
+    rows = [{name: tensor[row] for name, tensor in batch.items()} for batch in batches for row in range(2)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=accumulate,
+        logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(theirs.parameters(), 1e-3)
+    optimizers = optimizer, get_scheduler("constant", optimizer)
+    trainer = ObjectiveTrainer(theirs, arguments, objective=objective, train_dataset=rows, optimizers=optimizers)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for mine, other in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(other, mine, rtol=1e-4, atol=2e-5)
+
+
+def test_under_lora_and_half_precision_the_price_reaches_the_adapters_of_the_selector() -> None:
+    torch.manual_seed(0)
+    base = enable_selective_attention(LlamaForCausalLM(LlamaConfig(**SIZES)))
+    lora = LoraConfig(r=2, target_modules=["q_proj", "k_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model, shares = get_peft_model(base, lora), []
+    for half in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            loss, stats = MemoryLoss(tau=0.1, epsilon=1e4)(model, {"input_ids": tokens()})
+        loss.backward()
+        shares.append(float(stats["memory"] / stats["weight"]))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".layers.0." in name:
+                assert torch.isfinite(parameter.grad).all(), name
+                assert parameter.grad.abs().max() > 1e-3, name
+    assert shares[0] < 0.999
+    assert shares[1] == pytest.approx(shares[0], rel=0.02)
+
+
+def test_every_step_with_gradient_of_a_recurrent_core_counts_as_a_layer() -> None:
+    def recurrent(without: int, with_gradient: int) -> tuple[float, list[Tensor]]:
+        settings = {"prelude_layers": 1, "core_layers": 1, "coda_layers": 1, "mean_recurrence": 3, "state_init": "zero"}
+        model = decoder(depth="recurrent", recurrent=settings).train()
+        seen: list[Tensor] = []
+        with record_memory(model, 1.0) as records:
+            model(tokens(), num_steps=(without, with_gradient), use_cache=False)
+            seen = [memory.detach() for record in records for memory in record.memories]
+        objective = MemoryLoss(epsilon=1.0, cross_entropy=Steps(without, with_gradient))  # type: ignore[arg-type]
+        _, stats = objective(model, {"input_ids": tokens()})
+        return float(stats["memory"] / stats["weight"]), seen
+
+    for steps in ((0, 3), (2, 1)):
+        measured, memories = recurrent(*steps)
+        assert len(memories) == 2 + steps[1]
+        by_hand = sum(float(memory.max(1).values.mean()) for memory in memories) / len(memories) / 9
+        assert measured == pytest.approx(by_hand)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Cross entropy of a pass with a given number of steps without and with gradient."""
+
+    without: int
+    with_gradient: int
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = model(**batch, num_steps=(self.without, self.with_gradient), use_cache=False).logits
+        loss = nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="sum"
+        )
+        return loss, {"weight": torch.tensor(batch["input_ids"][:, 1:].numel())}
+
+
+@pytest.mark.parametrize("budget", [3, 5])
+def test_under_a_budget_only_what_is_still_there_counts(budget: int) -> None:
+    model = decoder()
+    steer_selector(model, -1.0)
+    set_budgets(model, budget)
+    assert share(model, {"input_ids": tokens()}) == pytest.approx((budget + 1) / 9)
 
 
 @pytest.mark.slow
@@ -211,8 +312,10 @@ def test_a_compiled_model_gives_the_same_loss_and_gradients() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tau": 0.0}, "tau is 0.0; it must be above 0"),
-        ({"epsilon": -0.1}, "epsilon is -0.1; it must be at least 0"),
+        ({"tau": 0.0}, "tau is 0.0; it must be finite and above 0"),
+        ({"tau": float("nan")}, "tau is nan"),
+        ({"epsilon": -0.1}, "epsilon is -0.1; it must be finite and at least 0"),
+        ({"epsilon": float("inf")}, "epsilon is inf; it must be finite"),
         ({"reduction": "sum"}, "reduction is 'sum'"),
     ],
 )

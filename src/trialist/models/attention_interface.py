@@ -35,6 +35,8 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     for name, module in model.named_modules():
         if not calls_attention_interface(module) or getattr(module, "layer_idx", None) is None:
             continue
+        if isinstance(module, FullAttention) and type(module).forward is not FullAttention.forward:
+            continue  # its cache holds more than keys and values
         if module.layer_idx in modules:
             raise ValueError(
                 f"{name} is a second attention in layer {module.layer_idx}; cross attention is not supported"
@@ -67,6 +69,8 @@ def refuse_unsupported(model: PreTrainedModel, modules: dict[int, nn.Module], la
             "replaced; "
             "Llama, Qwen, Mistral, SmolLM, GPT-2 and their relatives have"
         )
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"layers is {list(layers)}, which names a layer twice; name each once")
     missing = [layer for layer in layers if layer not in modules]
     if missing:
         raise ValueError(f"layers {missing} are not attention layers of {name}; those are {sorted(modules)}")
@@ -109,15 +113,15 @@ def register_replacement(
     name: str,
     attend: Callable[..., tuple[Tensor, Tensor | None]],
     *,
-    replaced: Callable[[nn.Module], bool],
+    replaced: Callable[[nn.Module, CacheLayerMixin | None], bool],
     what: str,
     lost: str,
 ) -> None:
     """Registers the implementations `NAME_sdpa` and `NAME_eager`: `attend` in modules that are `replaced`, standard in others.
 
+    replaced: asked with the module, and with the cache layer that a hook handed over (`hand_over_cache`), or None.
     attend: called with the module, query `(B, H, T, D)`, key and value `(B, G, S, D)`, the mask, `scaling` and `dropout`; with
-        `layer`, the cache layer that a hook handed over (`hand_over_cache`), or None; and with `standard`, which computes what
-        the module would have computed, for any mask.
+        `layer`, that cache layer or None; and with `standard`, which computes what the module would have computed, for any mask.
     what, lost: the technique, and what it cannot know where it gets cached keys without the cache, in words for errors.
     """
     for base, mask in BASES.items():
@@ -128,7 +132,7 @@ def register_replacement(
 def _replacement(
     base: str,
     attend: Callable[..., tuple[Tensor, Tensor | None]],
-    replaced: Callable[[nn.Module], bool],
+    replaced: Callable[[nn.Module, CacheLayerMixin | None], bool],
     what: str,
     lost: str,
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -147,7 +151,7 @@ def _replacement(
             function = _standard_attention(base, module)
             return function(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
 
-        if not replaced(module):
+        if not replaced(module, handed_over_cache):
             return standard(attention_mask)
         if handed_over_cache is None and key.shape[2] > query.shape[2]:
             raise ValueError(
@@ -172,21 +176,35 @@ def _standard_attention(base: str, module: nn.Module) -> Callable[..., tuple[Ten
 
 
 def hand_over_cache(
-    modules: Sequence[nn.Module], layer_of: Callable[[nn.Module, Cache], CacheLayerMixin | None]
+    modules: Sequence[nn.Module],
+    name: str,
+    what: str,
+    layer_of: Callable[[nn.Module, Cache], CacheLayerMixin | None],
 ) -> None:
-    """Lets each of `modules` give its attention function, which sees no cache, the cache layer that `layer_of` finds."""
+    """Lets each of `modules` give its attention function, which sees no cache, the cache layer that `layer_of` finds.
+
+    name: of the registered replacement, without which a module raises ValueError. what: the technique, in words.
+    """
 
     for module in modules:
-        module.register_forward_pre_hook(functools.partial(_hand_over_cache, layer_of), with_kwargs=True)
+        module.register_forward_pre_hook(functools.partial(_hand_over_cache, name, what, layer_of), with_kwargs=True)
 
 
-def _hand_over_cache(layer_of: Callable[..., Any], module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _hand_over_cache(
+    name: str, what: str, layer_of: Callable[..., Any], module: nn.Module, args: tuple, kwargs: dict
+) -> tuple[tuple, dict]:
+    implementation = str(module.config._attn_implementation)
+    if not implementation.startswith(f"{name}_"):
+        raise ValueError(
+            f"{what} is enabled and the model runs attn_implementation={implementation!r}, which knows nothing of it; "
+            f"disable it first, or call set_attn_implementation with one of {', '.join(f'{name}_{base}' for base in BASES)}"
+        )
     cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
     return args, kwargs if cache is None else {**kwargs, "handed_over_cache": layer_of(module, cache)}
 
 
-def restore_attention(model: PreTrainedModel, name: str, setting: str, modules: Sequence[nn.Module]) -> None:
-    """Undoes a replacement: removes the hooks of `modules`, the implementation, and the entry `setting` of the configuration."""
+def restore_attention(model: PreTrainedModel, name: str, modules: Sequence[nn.Module]) -> None:
+    """Undoes a replacement: removes the hooks of `modules`, and the implementation."""
     for module in modules:
         for handle, hook in list(module._forward_pre_hooks.items()):
             if getattr(hook, "func", None) is _hand_over_cache:
@@ -195,5 +213,3 @@ def restore_attention(model: PreTrainedModel, name: str, setting: str, modules: 
     base = model.config._attn_implementation or ""
     if base.startswith(f"{name}_"):
         model.set_attn_implementation(base.removeprefix(f"{name}_"))
-        if hasattr(model.config, setting):
-            delattr(model.config, setting)

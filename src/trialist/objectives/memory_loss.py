@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,7 +25,8 @@ class MemoryLoss:
 
     `stats["weight"]` is that of `CrossEntropy`; `stats["memory"]` is the share itself, weighted the same way. A document
     (a row, or a piece of a packed row) counts by its scored tokens, so batching and packing change nothing.
-    epsilon=0 is exactly `CrossEntropy`. Gradients reach the selector heads through F; F above `tau` gets none.
+    epsilon=0 is exactly `CrossEntropy`. Gradients reach the selector heads through F; F above `tau` gets none. In a recurrent
+    core every step with gradient counts as a layer. Under budgets M counts what is still there.
 
     tau: penalty from which on a token counts as forgotten, above 0.   epsilon: price of keeping everything, in nats a token.
     reduction: "max" is the paper's largest M of a document, "mean" its mean M.
@@ -38,10 +40,10 @@ class MemoryLoss:
     cross_entropy: CrossEntropy = field(default_factory=CrossEntropy)
 
     def __post_init__(self) -> None:
-        if not self.tau > 0:
-            raise ValueError(f"tau is {self.tau}; it must be above 0")
-        if not self.epsilon >= 0:
-            raise ValueError(f"epsilon is {self.epsilon}; it must be at least 0 (0 is cross entropy alone)")
+        if not 0 < self.tau < math.inf:
+            raise ValueError(f"tau is {self.tau}; it must be finite and above 0")
+        if not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon is {self.epsilon}; it must be finite and at least 0 (0 is cross entropy alone)")
         if self.reduction not in ("max", "mean"):
             raise ValueError(f'reduction is {self.reduction!r}; choose "max" or "mean"')
 

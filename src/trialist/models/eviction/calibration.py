@@ -1,42 +1,31 @@
-"""How much context the layers of a model need: what they remember, what they store, and budgets found on a text.
+"""Budgets of the layers of a model: read, set, and found on a text.
 
-Works for selective attention (arXiv 2410.02703) and for eviction from standard attention alike: a layer that can evict
-is a module with a `budget`. N rows, T tokens of a row, L layers that can evict
+Works for selective attention (arXiv 2410.02703) and for eviction from standard attention alike. N rows, T tokens of a row,
+L layers that can evict
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from trialist.models.attention_interface import plain_model
-from trialist.models.eviction.budgets import LEAST, Budgets, spread_budgets
-from trialist.models.eviction.cache import cache_bytes
+from trialist.models.eviction.budgets import Budgets, spread_budgets
+from trialist.models.eviction.measure import Rows, batches, evaluating
+from trialist.models.eviction.policies import evicting_modules
 from trialist.models.scoring import selected_logprobs
-from trialist.models.selective_attention.memory import record_memory
-
-Rows: TypeAlias = Tensor | Mapping[str, Tensor]
-"""Token ids `(N, T)`, or a batch of N rows with `input_ids` and what else `selected_logprobs` takes"""
 
 Report = Callable[[float, float, Mapping[str, float]], None]
 
 
-def evicting_modules(model: nn.Module) -> list[Any]:
-    """The modules that can evict, in the order of their layers."""
-    return sorted(
-        (module for module in model.modules() if hasattr(module, "budget")), key=lambda module: module.layer_idx
-    )
-
-
 def get_budgets(model: nn.Module) -> list[int | None]:
     """Tokens that each layer keeps, of the layers that can evict, in order; None keeps all."""
-    return [module.budget for module in evicting_modules(model)]
+    return [module.eviction.budget for module in evicting_modules(model)]
 
 
 def set_budgets(model: nn.Module, budgets: Budgets) -> None:
@@ -53,105 +42,29 @@ def set_budgets(model: nn.Module, budgets: Budgets) -> None:
         )
     spread = spread_budgets(budgets, len(modules))
     for module, budget in zip(modules, spread):
-        policy = getattr(module, "_evicts", None)
-        if budget is not None and policy is not None:
-            policy.check(budget)
+        if budget is not None:
+            module.eviction.policy.check(budget)
     for module, budget in zip(modules, spread):
-        module.budget = budget
+        module.eviction = replace(module.eviction, budget=budget)
     config = plain_model(model).config
-    by_layer = {module.layer_idx: module.budget for module in modules}
-    for field in ("selective_attention", "eviction"):
-        settings = getattr(config, field, None)
-        if isinstance(settings, dict):
-            setattr(config, field, {**settings, "budgets": [by_layer[layer] for layer in settings["layers"]]})
-    native = [m.budget for m in modules if not hasattr(m, "_selective") and not hasattr(m, "_evicts")]
-    if native:
+    given = {module.layer_idx: module.eviction for module in modules if module.eviction.given}
+    own = {
+        module.layer_idx: module.eviction.replaced if module.eviction.given else module.eviction for module in modules
+    }
+    own = {layer: settings for layer, settings in own.items() if settings is not None}
+    swapped = _note(config, "selective_attention", own)
+    _note(config, "eviction", given)
+    if native := [own[layer].budget for layer in own if layer not in swapped]:
         config.selective = {**(config.selective or {}), "budgets": native}
 
 
-@dataclass(frozen=True)
-class LayerMemory:
-    """What one layer makes of its context, over all tokens of a text that are no padding."""
-
-    layer: int
-    remembered_mean: float
-    """Tokens with a penalty below tau, counted in part: M of the paper, mean over queries"""
-    remembered_max: float
-    seen_mean: float
-    """Tokens that a query can attend to, itself included: all before it without a budget"""
-    seen_max: float
-    bytes: float
-    """Memory of the layer's cache after a row, bytes a row"""
-
-
-@torch.no_grad()
-def memory_profile(model: nn.Module, rows: Rows, *, tau: float = 1.0, batch_size: int = 16) -> list[LayerMemory]:
-    """What each layer with selective attention remembers, sees and stores, one entry a layer.
-
-    rows: token ids `(N, T)` or a batch of N rows. tau: penalty from which on a token counts as forgotten.
-    Raises ValueError for a model without selective attention.
-    """
-    batches = list(_batches(rows, batch_size))
-    remembered: list[list[Tensor]] = []
-    seen: list[list[Tensor]] = []
-    sizes: list[dict[int, int]] = []
-    with _evaluating(model):
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            real = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
-            with record_memory(model, tau) as records:
-                model(**_inputs(batch), use_cache=False)
-                remembered.append([torch.stack(record.memories).mean(0)[real].float() for record in records])
-                seen.append([torch.stack(record.seen).float().mean(0)[real] for record in records])
-            sizes.append(_layer_bytes(model, batch))
-    N = sum(len(batch["input_ids"]) for batch in batches)
-    profile = []
-    modules = [module for module in evicting_modules(model) if hasattr(module, "memory_record")]
-    for index, module in enumerate(modules):
-        memory, sees = (torch.cat([part[index] for part in parts]) for parts in (remembered, seen))
-        size = sum(part[module.layer_idx] for part in sizes) / N
-        profile.append(
-            LayerMemory(
-                module.layer_idx,
-                remembered_mean=float(memory.mean()),
-                remembered_max=float(memory.max()),
-                seen_mean=float(sees.mean()),
-                seen_max=float(sees.max()),
-                bytes=size,
-            )
-        )
-    return profile
-
-
-def kv_bytes(model: nn.Module, rows: Rows) -> float:
-    """Memory that the cache of all layers holds after decoding the last token of the rows, measured, in bytes a row.
-
-    Between two decoding steps a layer holds its budget and the token that is evicted next.
-    """
-    with torch.no_grad(), _evaluating(model):
-        batch = next(_batches(rows, len(rows if isinstance(rows, Tensor) else rows["input_ids"])))
-        return cache_bytes(_filled_cache(model, batch)) / len(batch["input_ids"])
-
-
-def _filled_cache(model: nn.Module, batch: Mapping[str, Tensor]) -> DynamicCache:
-    cache = DynamicCache(config=plain_model(model).config)
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    for end in sorted({max(1, ids.shape[1] - 1), ids.shape[1]}):  # the prompt, then one token decoded
-        part = slice(cache.get_seq_length(), end)
-        given = None if mask is None else mask[:, :end]
-        model(input_ids=ids[:, part], attention_mask=given, past_key_values=cache, use_cache=True)
-    return cache
-
-
-def _layer_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[int, int]:
-    layers = _filled_cache(model, batch).layers
-    return {index: cache_bytes(_only(layer)) for index, layer in enumerate(layers)}
-
-
-def _only(layer: Any) -> DynamicCache:
-    cache = DynamicCache()
-    cache.layers.append(layer)
-    return cache
+def _note(config: Any, field: str, settings: Mapping[int, Any]) -> Sequence[int]:
+    """Writes the budgets where the configuration lists layers that were changed, and returns those layers."""
+    noted = getattr(config, field, None)
+    if not isinstance(noted, dict):
+        return ()
+    setattr(config, field, {**noted, "budgets": [settings[layer].budget for layer in noted["layers"]]})
+    return noted["layers"]
 
 
 def calibrate_budgets(
@@ -170,43 +83,57 @@ def calibrate_budgets(
     From full budgets on, the layer whose cut hurts least loses tokens, again and again: at first many at once, in the end
     `step` tokens, until a further cut would bring the loss above `target`, or until `total` tokens are left over all layers.
 
-    rows: held-out TRAINING text, token ids `(N, T)` or a batch of N rows. A text that results are reported on would be fitted.
-    target: largest loss, mean nats a token. total: sum of the budgets. Give one of them.
+    rows: held-out TRAINING text, token ids `(N, T)` or a batch of N rows, on the model's device, as long as the texts that the
+        budgets are for: nothing is known of longer ones. A text that results are reported on would be fitted.
+    target: largest loss, mean nats a token; a layer of which no cut was harmless enough keeps everything, which is None.
+    total: sum of the budgets, at most T tokens a layer. Give one of the two.
     start: begin with these budgets instead of full ones, such as those found for a larger total.
     progress: a bar where stderr is a terminal; or a callable that is told (done, total, numbers).
-    Raises ValueError for a target that the model misses without any cut, a total that is out of reach, and models in which
-    no layer can evict.
+    Raises ValueError for a target that the model misses without any cut, a total that is out of reach from `start` or on rows
+    so short, rows without a scored token, and models in which no layer can evict.
     """
     if (target is None) == (total is None):
         raise ValueError("give exactly one of target (nats a token) and total (tokens over all layers)")
     if step < 1:
         raise ValueError(f"step is {step}; it must be at least 1 token")
-    batches = list(_batches(rows, batch_size))
     before, modules = get_budgets(model), evicting_modules(model)
     if not modules:
         set_budgets(model, None)  # raises
-    longest = batches[0]["input_ids"].shape[1]
-    floors = [getattr(getattr(module, "_evicts", None), "least", LEAST) for module in modules]
+    parts = batches(model, rows, batch_size)
+    if not sum(map(_count, parts)):
+        raise ValueError(
+            "rows hold no scored token, so there is no loss to go by; give rows of at least two tokens with labels"
+        )
+    longest = parts[0]["input_ids"].shape[1]
+    floors = [module.eviction.policy.least for module in modules]
     begun = [longest if budget is None else min(budget, longest) for budget in spread_budgets(start, len(modules))]
-    if total is not None and not sum(floors) <= total:
+    if max(floors) > longest:
+        raise ValueError(f"rows have {longest} tokens and a budget holds at least {max(floors)}; give longer rows")
+    if total is not None and total < sum(floors):
         raise ValueError(f"total is {total}; {len(modules)} layers need at least {sum(floors)} tokens")
+    if total is not None and total > sum(begun):
+        raise ValueError(
+            f"total is {total} and the layers begin with {sum(begun)} tokens, budgets of {begun} on rows of {longest}; give a "
+            "smaller total, longer rows or a larger start"
+        )
     known: dict[tuple[int, ...], float] = {}
 
     def loss(budgets: Sequence[int]) -> float:
         key = tuple(budgets)
         if key not in known:
             set_budgets(model, list(budgets))
-            known[key] = _loss(model, batches)
+            known[key] = _loss(model, parts)
         return known[key]
 
     try:
-        with _evaluating(model), _reporting(progress) as report:
+        with evaluating(model), _reporting(progress) as report:
             found = _descend(begun, floors, loss, target, total, step, longest, report)
     except BaseException:
         set_budgets(model, before)
         raise
-    set_budgets(model, found)
-    return list(found)
+    result = [None if total is None and budget == longest else budget for budget in found]
+    set_budgets(model, result)
+    return result
 
 
 def _descend(
@@ -265,30 +192,6 @@ def _count(batch: Mapping[str, Tensor]) -> int:
     if "attention_mask" in batch:
         return int((batch["attention_mask"][:, 1:] * batch["attention_mask"][:, :-1]).sum())
     return batch["input_ids"][:, 1:].numel()
-
-
-def _batches(rows: Rows, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    whole = {"input_ids": rows} if isinstance(rows, Tensor) else dict(rows)
-    if whole["input_ids"].dim() != 2 or len(whole["input_ids"]) == 0:
-        raise ValueError(
-            f"rows have shape {tuple(whole['input_ids'].shape)}, wanted token ids (N, T) with at least one row"
-        )
-    for start in range(0, len(whole["input_ids"]), batch_size):
-        yield {name: tensor[start : start + batch_size] for name, tensor in whole.items()}
-
-
-def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextlib.contextmanager

@@ -14,17 +14,16 @@ D head width
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trialist.kernels.eviction import evict
 from trialist.models.eviction.budgets import LEAST
-from trialist.models.eviction.cache import UNDO_WINDOW, EvictingCacheLayer, State, kept_entries
-from trialist.models.masks import narrow, silence_padding, visible_columns
+from trialist.models.eviction.cache import Scores, kept_entries, pick, pick_columns
+from trialist.models.masks import visible_columns
 
 LOGITS = 2**24
 """Attention logits that heavy hitters hold at once, at most"""
@@ -32,7 +31,7 @@ LOGITS = 2**24
 
 @dataclass(frozen=True)
 class Block:
-    """The queries of one call and what they can look at."""
+    """Queries of one call, in a row, and what they can look at: all columns before them are alive."""
 
     query: Tensor
     """(B, H, T, D)"""
@@ -40,9 +39,18 @@ class Block:
     """(B, G, S, D); the queries are the last T columns"""
     attention_mask: Tensor | None
     """(B | 1, 1 | R | H, T, S), bool or additive; None is causal"""
-    scores: Tensor | None
-    """What the policy returned before, over the S columns, 0 for new ones"""
+    scores: Scores
+    """What the policy returned before, over the S columns, 0 for new ones; () at first"""
     scaling: float
+    protect: Tensor | None = None
+    """(B, 1 | R, S), bool: the first tokens that selective attention never hides; None without it"""
+    columns: Tensor | None = None
+    """(B, 1 | R, S): which token of the text each column is; None where the policy need not know"""
+
+    @property
+    def first(self) -> int:
+        """Columns before the first query."""
+        return self.key.shape[2] - self.query.shape[2]
 
     def visible(self, rows: int) -> Tensor | None:
         """Where each query may look `(B | 1, 1 | rows, T, S)`; None is everything before it."""
@@ -50,6 +58,63 @@ class Block:
             return None
         visible = visible_columns(self.attention_mask)
         return visible[:, :: max(1, visible.shape[1] // rows)]
+
+    def part(self, start: int, stop: int) -> Block:
+        """Queries `start` to `stop`, and the columns up to the last of them."""
+        S = self.first + stop
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[..., :S]
+
+        return replace(
+            self,
+            query=self.query[:, :, start:stop],
+            key=self.key[:, :, :S],
+            attention_mask=None if self.attention_mask is None else self.attention_mask[:, :, start:stop, :S],
+            scores=tuple(score[..., :S] for score in self.scores),
+            protect=cut(self.protect),
+            columns=cut(self.columns),
+        )
+
+    def heads(self, group: int) -> Block:
+        """The query heads and the entries of one key/value head."""
+        H, G = self.query.shape[1], self.key.shape[1]
+        shared, own = slice(group, group + 1), slice(group * H // G, (group + 1) * H // G)
+
+        def rows(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or tensor.shape[1] == 1:
+                return tensor
+            return tensor[:, own if tensor.shape[1] == H else shared]
+
+        return replace(
+            self,
+            query=self.query[:, own],
+            key=self.key[:, shared],
+            attention_mask=rows(self.attention_mask),
+            scores=tuple(
+                score if score.dim() == 2 or score.shape[1] == 1 else score[:, shared] for score in self.scores
+            ),
+            protect=rows(self.protect),
+            columns=rows(self.columns),
+        )
+
+    def at(self, index: Tensor, key: Tensor) -> Block:
+        """The block once only the columns at `index` `(B, R, m)` are left, whose keys are `key`."""
+        return replace(
+            self,
+            key=key,
+            attention_mask=pick_columns(self.attention_mask, index),
+            scores=tuple(pick(score, index) for score in self.scores),
+            protect=None if self.protect is None else pick(self.protect, index),
+            columns=None if self.columns is None else pick(self.columns, index),
+        )
+
+    def kept(self, alive: Tensor, budget: int) -> Tensor:
+        """The entries that stay `(B, R, m)` when `alive` `(B, R, S)` is left after the last query."""
+        visible = self.visible(alive.shape[1])
+        if visible is not None:
+            visible = visible[:, :, -1].expand(alive.shape)
+        return kept_entries(alive, visible, budget)
 
 
 class Policy(Protocol):
@@ -65,8 +130,11 @@ class Policy(Protocol):
     def check(self, budget: int) -> None:
         """Raises ValueError for a budget that the policy cannot keep."""
 
-    def play(self, block: Block, budget: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """What each query sees `(B, R, T, S)`, the scores after them, and what is alive then `(B, R, S)`."""
+    def play(self, block: Block, budget: int) -> tuple[Tensor, Scores, Tensor]:
+        """What each query sees `(B, R, T, S)`, the scores after them, and what is alive then `(B, R, S)`.
+
+        Each key/value head is decided for by its own queries and keys: a block may hold one of them alone.
+        """
 
 
 @dataclass(frozen=True)
@@ -84,7 +152,7 @@ class Recency:
         if self.sinks < 0 or budget < self.least:
             raise ValueError(f"sinks is {self.sinks}; give 0 or more, and fewer than the budget of {budget} tokens")
 
-    def play(self, block: Block, budget: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    def play(self, block: Block, budget: int) -> tuple[Tensor, Scores, Tensor]:
         (B, _, T, _), S, device = block.query.shape, block.key.shape[2], block.query.device
         visible = block.visible(1)
         if visible is None:
@@ -101,7 +169,7 @@ class Recency:
             visible=visible,
             protect=protect,
         )
-        return seen[:, None], None, alive[:, None]
+        return seen[:, None], (), alive[:, None]
 
 
 @dataclass(frozen=True)
@@ -123,11 +191,11 @@ class HeavyHitters:
     def recent(self, budget: int) -> int:
         return max(1, round(budget * self.recent_share))
 
-    def play(self, block: Block, budget: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    def play(self, block: Block, budget: int) -> tuple[Tensor, Scores, Tensor]:
         (B, H, T, D), (G, S), device = block.query.shape, block.key.shape[1:3], block.query.device
         wide = torch.float64 if block.query.dtype == torch.float64 else torch.float32
-        before = torch.zeros(B * G, S, dtype=wide, device=device)
-        scores = before if block.scores is None else block.scores.detach().reshape(B * G, S)
+        (received,) = block.scores or (torch.zeros(B, G, S, dtype=wide, device=device),)
+        scores = received.detach().reshape(B * G, S)
         alive = torch.ones(B * G, S, dtype=torch.bool, device=device)
         query = block.query.detach().to(wide).reshape(B, G, H // G, T, D)
         keys = block.key.detach().to(wide).transpose(-1, -2)[:, :, None]  # (B, G, 1, D, S)
@@ -158,91 +226,27 @@ class HeavyHitters:
                 recent=self.recent(budget),
             )
             seen.append(rows)
-        return torch.cat(seen, 1).view(B, G, T, S), scores.view(B, G, S), alive.view(B, G, S)
+        return torch.cat(seen, 1).view(B, G, T, S), (scores.view(B, G, S),), alive.view(B, G, S)
 
 
 POLICIES: dict[str, type[Recency] | type[HeavyHitters]] = {"recency": Recency, "h2o": HeavyHitters}
 
-Attend = Callable[[Tensor | None], tuple[Tensor, Tensor | None]]
+
+@dataclass(frozen=True)
+class Eviction:
+    """How a layer evicts; the attribute `eviction` of its attention module."""
+
+    policy: Policy
+    """Who decides which tokens stay"""
+    budget: int | None
+    """How many stay; None is all"""
+    given: bool = False
+    """By `enable_eviction`; False in layers that evict by themselves"""
+    replaced: Eviction | None = None
+    """How a layer that evicts by itself did so before it was given another policy"""
 
 
-def attend_evicting(
-    attend: Attend,
-    query: Tensor,
-    key: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    policy: Policy,
-    budget: int,
-    layer: EvictingCacheLayer | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """What `attend(mask)` returns for the mask of what each query still sees; `layer` drops what was evicted.
-
-    query `(B, H, T, D)`, key `(B, G, S, D)` as the cache returned it, attention_mask as transformers builds it. While
-    nothing is evicted `attend` gets the mask that it would have got anyway.
-    """
-    (H, T), S = query.shape[1:3], key.shape[2]
-    if layer is not None:
-        attention_mask = layer.gather_mask(attention_mask)
-    evicting = budget < S
-    if not evicting and (layer is None or not policy.scored):
-        if layer is not None:
-            layer.store(None, lambda queries: (None, None), T)
-        return attend(_for_heads(attention_mask, H))
-    block = Block(query, key, attention_mask, None if layer is None else layer.scores, scaling)
-    seen, scores, alive = policy.play(block, budget)
-    if layer is not None:
-        if T <= UNDO_WINDOW:
-            layer.store(scores, _replay(layer, policy, block, budget), T)
-        else:  # what would be needed to take a long prompt back is not worth its memory
-            layer.calls.clear()
-            layer.scores = scores
-        if evicting:
-            layer.evict(_kept(block, alive, budget, T), at_once=T > UNDO_WINDOW)
-    if not evicting:
-        return attend(_for_heads(attention_mask, H))
-    if attention_mask is not None:
-        attention_mask = silence_padding(attention_mask, torch.arange(S - T, S, device=query.device))
-    return attend(narrow(_for_heads(attention_mask, H), _for_heads(seen, H)))
-
-
-def _kept(block: Block, alive: Tensor, budget: int, queries: int) -> Tensor:
-    """The entries that stay `(B, R, m)` after the first queries of a block."""
-    (B, R, S), visible = alive.shape, block.visible(alive.shape[1])
-    if visible is not None:
-        visible = visible[:, :, queries - 1, :S].expand(B, R, S)
-    return kept_entries(alive, visible, budget)
-
-
-def _replay(layer: EvictingCacheLayer, policy: Policy, block: Block, budget: int) -> Callable[[int], State]:
-    """How to play the first queries of a call through again, for `crop`; the keys are taken from the layer then."""
-    query, mask, before, scaling, T = (
-        block.query,
-        block.attention_mask,
-        block.scores,
-        block.scaling,
-        block.query.shape[2],
-    )
-
-    def replay(queries: int) -> State:
-        assert layer.keys is not None
-        S = layer.keys.shape[2] - T + queries if mask is None else mask.shape[-1] - T + queries
-        again = Block(
-            query[:, :, :queries],
-            layer.keys[:, :, :S],
-            None if mask is None else mask[:, :, :queries, :S],
-            None if before is None else before[..., :S],
-            scaling,
-        )
-        _, scores, alive = policy.play(again, budget)
-        return scores, _kept(again, alive, budget, queries) if budget < S else None
-
-    return replay
-
-
-def _for_heads(mask: Tensor | None, heads: int) -> Tensor | None:
-    """A mask of one row a key/value head as one a query head; others as they are."""
-    if mask is None or mask.shape[1] in (1, heads):
-        return mask
-    return mask.repeat_interleave(heads // mask.shape[1], 1)
+def evicting_modules(model: nn.Module) -> list[Any]:
+    """The modules that can evict, in the order of their layers."""
+    found = (module for module in model.modules() if isinstance(getattr(module, "eviction", None), Eviction))
+    return sorted(found, key=lambda module: module.layer_idx)

@@ -11,32 +11,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    STATIC_LAYER_TYPE_MAPPING,
-    Cache,
-    CacheLayerMixin,
-    DynamicLayer,
-    StaticLayer,
-)
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, StaticLayer
 
-from trialist.models.eviction.cache import UNDO_WINDOW, EvictingCacheLayer
-
-__all__ = ["UNDO_WINDOW", "SelectiveCacheLayer", "StaticSelectiveCacheLayer", "selective_layer", "take_over"]
+from trialist.models.eviction.cache import EvictingCacheLayer, take_over
 
 
 class SelectiveCacheLayer(EvictingCacheLayer):
-    """Keys and values `(B, G, S, D)` with the penalty `(B, S)` in float32 (float64 for float64 states).
+    """Keys and values `(B, G, S, D)` with the penalty in float32 (float64 for float64 states).
 
-    `crop(-n)` is exact: the selections of the removed queries are taken out of F again. It reaches back over the latest
-    call and at least `UNDO_WINDOW` tokens before it; once tokens were evicted, over the latest call, which is what
-    assisted decoding needs. Further it raises RuntimeError.
+    `crop(-n)` takes the selections of the removed queries out of F again, up to rounding. It reaches back over at least
+    `UNDO_WINDOW` tokens; once tokens were evicted, over those of the latest call, which is what assisted decoding needs.
+    Further it raises RuntimeError.
     """
 
     _layer_type = "selective_attention"
 
     @property
     def penalty(self) -> Tensor | None:
-        return self.scores
+        """F `(B, S)`; `(B, 1 | R, S)` where another policy than the penalty evicts."""
+        return self.scores[0] if self.scores else None
 
 
 class StaticSelectiveCacheLayer(StaticLayer):
@@ -90,49 +83,6 @@ def selective_layer(cache: Cache, layer_idx: int) -> SelectiveCacheLayer | Stati
     """
     layer = take_over(cache, layer_idx, SelectiveCacheLayer, StaticSelectiveCacheLayer, "selective attention")
     assert isinstance(layer, SelectiveCacheLayer | StaticSelectiveCacheLayer)
+    if isinstance(layer, SelectiveCacheLayer):
+        layer.expect()
     return layer
-
-
-def take_over(
-    cache: Cache,
-    layer_idx: int,
-    dynamic: type[EvictingCacheLayer],
-    static: type[StaticLayer] | None,
-    what: str,
-) -> CacheLayerMixin:
-    """The layer of `cache` for `layer_idx`, of class `dynamic` or `static`, in the place of an empty standard layer.
-
-    Raises ValueError for layers of other kinds and for a standard layer that holds tokens already.
-    """
-    while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
-        cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[layer_idx]
-    if type(layer) is dynamic or (static is not None and type(layer) is static):
-        return layer
-    if type(layer) not in (DynamicLayer, StaticLayer) or (type(layer) is StaticLayer and static is None):
-        kinds, advice = "a dynamic cache", "Use DynamicCache()"
-        if static is not None:
-            kinds, advice = "a dynamic or static cache", f"{advice} or cache_implementation='static'"
-        raise ValueError(
-            f"{what} keeps what it knows of each token in {kinds}; layer {layer_idx} of the given cache is a "
-            f"{type(layer).__name__}. {advice}, without a quantised or sliding cache"
-        )
-    if _filled(layer):
-        raise ValueError(
-            f"layer {layer_idx} of the given cache was filled by standard attention, so what its tokens selected or drew "
-            "is unknown; start from an empty cache"
-        )
-    new: Any
-    if isinstance(layer, StaticLayer):
-        assert static is not None
-        new = static(max_cache_len=layer.max_cache_len)
-        if layer.is_initialized:
-            new.lazy_initialization(layer.keys[:, :, :0], layer.values[:, :, :0])
-    else:
-        new = dynamic()
-    cache.layers[layer_idx] = new
-    return new
-
-
-def _filled(layer: CacheLayerMixin) -> bool:
-    return layer.is_initialized and int(layer.get_seq_length()) > 0

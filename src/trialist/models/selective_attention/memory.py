@@ -53,7 +53,8 @@ def selective_modules(model: nn.Module) -> list[Any]:
 def record_memory(model: nn.Module, tau: float) -> Iterator[list[MemoryRecord]]:
     """Collects M of each selective layer, in order, while the block runs.
 
-    The memories are gone when the block ends: read them inside.
+    The memories are gone when the block ends: read them inside. In a model under gradient checkpointing, which repeats passes
+    later and must find the same tensors, passes with gradients go on computing M behind the block.
     tau: penalty from which on a token counts as forgotten, above 0.
     Raises ValueError for a model without selective attention.
     """
@@ -65,6 +66,7 @@ def record_memory(model: nn.Module, tau: float) -> Iterator[list[MemoryRecord]]:
             f"{type(model).__name__} has no selective attention, so nothing of its context is ever forgotten; build it with "
             'layer_types "selective_attention", or call enable_selective_attention first'
         )
+    repeated = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     records = [MemoryRecord(tau, torch.is_grad_enabled()) for _ in modules]
     for module, record in zip(modules, records):
         module.memory_record = record
@@ -73,5 +75,5 @@ def record_memory(model: nn.Module, tau: float) -> Iterator[list[MemoryRecord]]:
     finally:
         for module, record in zip(modules, records):
             record.open, record.memories, record.seen = False, [], []
-            if not record.differentiable:
+            if not (record.differentiable and repeated):
                 module.memory_record = None

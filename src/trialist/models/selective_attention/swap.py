@@ -27,9 +27,10 @@ from trialist.models.attention_interface import (
     restore_attention,
 )
 from trialist.models.eviction.budgets import Budgets, spread_budgets
+from trialist.models.eviction.policies import Eviction
 from trialist.models.masks import first_tokens, visible_columns
 from trialist.models.selective_attention.cache import selective_layer
-from trialist.models.selective_attention.mixer import CacheLayer, attend_selectively
+from trialist.models.selective_attention.mixer import PENALTY, CacheLayer, attend_selectively
 
 
 def _attend(
@@ -45,13 +46,14 @@ def _attend(
     dropout: float,
 ) -> tuple[Tensor, None]:
     output = attend_selectively(
-        query, key, value, attention_mask, scaling=scaling, **module._selective, layer=layer, budget=module.budget,
-        memory=module.memory_record, dropout=dropout, training=module.training,
+        query, key, value, attention_mask, scaling=scaling, **module._selective, layer=layer,
+        budget=module.eviction.budget, policy=module.eviction.policy, memory=module.memory_record, dropout=dropout,
+        training=module.training,
     )  # type: ignore[arg-type]  # fmt: skip
     return output, None
 
 
-def _selects(module: nn.Module) -> bool:
+def _selects(module: nn.Module, layer: object = None) -> bool:
     return getattr(module, "_selective", None) is not None
 
 
@@ -123,8 +125,8 @@ def enable_selective_attention(
     spread = spread_budgets(budgets, len(chosen))
     for layer, head, budget in zip(chosen, heads, spread, strict=True):
         modules[layer]._selective = {"selector_head": head, "protect_bos": protect_bos}
-        modules[layer].budget, modules[layer].memory_record = budget, None
-    hand_over_cache([modules[layer] for layer in chosen], _layer_of)
+        modules[layer].eviction, modules[layer].memory_record = Eviction(PENALTY, budget), None
+    hand_over_cache([modules[layer] for layer in chosen], "selective", "selective attention", _layer_of)
     plain.set_attn_implementation(f"selective_{base}")
     plain.config.selective_attention = {
         "selector_head": heads,
@@ -180,15 +182,22 @@ def is_selective(model: nn.Module) -> bool:
     return next(_selective_modules(model), None) is not None
 
 
-def _selective_modules(model: nn.Module) -> Iterator[nn.Module]:
+def _selective_modules(model: nn.Module) -> Iterator[Any]:
     return (module for module in model.modules() if _selects(module))
 
 
 def disable_selective_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `enable_selective_attention`: the model computes exactly what it computed before. Returns the model."""
+    """Undo `enable_selective_attention`: the model computes exactly what it computed before. Returns the model.
+
+    Raises ValueError where `enable_eviction` gave the layers another policy: that is undone first.
+    """
     plain = plain_model(model)
     modules = list(_selective_modules(plain))
-    restore_attention(plain, "selective", "selective_attention", modules)
+    if any(module.eviction.given for module in modules):
+        raise ValueError("eviction was enabled on top of selective attention; call disable_eviction first")
+    restore_attention(plain, "selective", modules)
     for module in modules:
-        del module._selective, module.budget, module.memory_record
+        del module._selective, module.eviction, module.memory_record
+    if hasattr(plain.config, "selective_attention"):
+        del plain.config.selective_attention
     return model
