@@ -1,19 +1,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from trialist.kernels import expert_lookup_cpu
-from trialist.kernels.expert_lookup import (
-    _bags,
-    choose_backend,
-    expert_lookup,
-    gather_dot,
-    gather_sum,
-)
+from benchmarks.memory import peak_memory
+from trialist.kernels import expert_lookup_cpu, expert_lookup_products
+from trialist.kernels.expert_lookup import choose_backend, expert_lookup, gather_dot, gather_sum
+from trialist.kernels.expert_lookup_products import _bags, _dots, _group_by_id, _scatter, _sums
 
 BACKENDS = [
     "embedding_bag",
@@ -107,6 +105,48 @@ def test_gradients_equal_finite_differences_in_float64(activation: str) -> None:
         )
 
     assert torch.autograd.gradcheck(function, (arguments["x"], arguments["weights"], *tables))
+
+
+def test_second_derivatives_equal_finite_differences_in_float64() -> None:
+    """Of x, weights and tables that are trained; the frozen one in between has none."""
+    arguments = with_gradients(problem([3, 2, 2], d=2, dtype=torch.float64))
+    down, up = arguments["down"], arguments["up"]
+
+    def function(x: Tensor, weights: Tensor, *rows: Tensor) -> Tensor:
+        return expert_lookup(
+            x[:3], arguments["ids"][:3, :2], weights[:3, :2], [rows[0], down[1].detach(), rows[1]],
+            [rows[2], up[1].detach(), rows[3]], backend="embedding_bag",
+        )  # fmt: skip
+
+    leaves = (arguments["x"], arguments["weights"], down[0], down[2], up[0], up[2])
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@backend_case
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_ids_are_sorted_once_for_all_tables_and_not_at_all_where_none_is_trained(
+    backend: str, sparse: bool, monkeypatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(
+        expert_lookup_products, "_group_by_id", lambda *given: calls.append(given) or _group_by_id(*given)
+    )
+    arguments = with_gradients(problem([11, 12]))
+    expert_lookup(**arguments, backend=backend, sparse_grad=sparse).sum().backward()
+    assert len(calls) == 1
+    for tables in (arguments["down"], arguments["up"], arguments["gate"]):
+        for table in tables:
+            table.requires_grad_(False)
+    expert_lookup(**arguments, backend=backend, sparse_grad=sparse).sum().backward()
+    assert len(calls) == 1
+
+
+@backend_case
+def test_entries_are_grouped_by_id_in_their_own_order(backend: str) -> None:
+    order, rows, offsets = _group_by_id(torch.tensor([[7, 2, 7], [0, 2, 7]]), 9, backend)
+    assert order.tolist() == [3, 1, 4, 0, 2, 5]
+    assert rows.tolist() == [0, 2, 7, 9, 9, 9]
+    assert offsets.tolist() == [0, 1, 3, 6, 6, 6, 6]
 
 
 @backend_case
@@ -221,11 +261,59 @@ def test_an_id_outside_the_tables_is_refused(backend: str, bad: int) -> None:
         ({"down": [torch.zeros(11, 21), torch.zeros(12, 21)]}, "wanted equal lists"),
         ({"activation": "tanh"}, "choose one of gelu, relu, silu"),
         ({"backend": "cuda"}, "choose one of auto, einsum"),
+        (
+            {"backend": "einsum", "sparse_grad": True},
+            "makes dense gradients; pass backend='auto', or sparse_grad=False",
+        ),
+        ({"weights": torch.zeros(N, J, device="meta")}, "weights are on meta, x on cpu"),
+        ({"up": [torch.zeros(23, 21, device="meta")]}, "generation 0 of up is torch.float32 on meta"),
+        ({"gate": [torch.zeros(23, 21, dtype=torch.float64)]}, "generation 0 of gate is torch.float64"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         expert_lookup(**{**problem([23]), **change})
+
+
+@pytest.mark.parametrize("backend", ["einsum", "embedding_bag", "c", "auto"])
+@pytest.mark.parametrize("wide_first", [False, True])
+def test_generations_of_two_dtypes_are_refused(backend: str, wide_first: bool) -> None:
+    arguments = problem([11, 12])
+    arguments["up"][int(wide_first)] = arguments["up"][int(wide_first)].bfloat16()
+    with pytest.raises(
+        ValueError, match=rf"generation {int(wide_first)} of up is torch.bfloat16.*give all tables one dtype"
+    ):
+        expert_lookup(**arguments, backend=backend)
+    with pytest.raises(ValueError, match="generation 1 of tables"):
+        gather_sum(arguments["weights"], arguments["up"], arguments["ids"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.zeros(2, 21)}, r"x \(2, 21\) and ids \(5, 6\) do not fit"),
+        (
+            {"x": torch.zeros(N, 20)},
+            r"tables of shapes \[\[\(23, 21\)\]\] do not fit: wanted equal lists of \(experts, 20\)",
+        ),
+        ({"x": torch.zeros(N * 21)}, "do not fit"),
+        ({"ids": torch.zeros(N, J, dtype=torch.int32)}, "ids are torch.int32, wanted torch.int64"),
+        ({"ids": torch.zeros(N * J, dtype=torch.int64)}, "do not fit"),
+        ({"weights": torch.zeros(N, J + 1)}, r"weights \(5, 7\) and ids \(5, 6\) do not fit"),
+        ({"tables": []}, "do not fit"),
+        ({"tables": [torch.zeros(23, 21), torch.zeros(7, 20)]}, "do not fit"),
+        ({"tables": [torch.zeros(23)]}, "do not fit"),
+    ],
+)
+def test_the_products_refuse_what_they_would_read_wrongly(change: dict, words: str) -> None:
+    given = problem([23])
+    given = {"x": given["x"], "weights": given["weights"], "ids": given["ids"], "tables": given["down"], **change}
+    if "weights" not in change:
+        with pytest.raises(ValueError, match=words):
+            gather_dot(given["x"], given["tables"], given["ids"])
+    if "x" not in change:
+        with pytest.raises(ValueError, match=r"do not fit|torch\.int64"):
+            gather_sum(given["weights"], given["tables"], given["ids"])
 
 
 def test_the_c_backend_refuses_what_it_cannot_compute() -> None:
@@ -254,24 +342,47 @@ def test_without_a_compiler_the_lookup_goes_through_embedding_bag(monkeypatch) -
         choose_backend("c", torch.zeros(1, 2), [torch.zeros(1, 2)])
 
 
+class Largest(TorchDispatchMode):
+    """Remembers the elements of the largest tensor that an operator makes; it does not see into operators of our own."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@backend_case
+def test_no_product_and_no_gradient_makes_a_tensor_of_tokens_times_experts_times_width(backend: str) -> None:
+    x, weights, tables = torch.randn(64, 32), torch.randn(64, 50), [torch.randn(25, 32), torch.randn(15, 32)]
+    ids = torch.randint(40, (64, 50))
+    with Largest() as watch:
+        groups = _group_by_id(ids, 40, backend)
+        _dots(x, tables, ids, backend)
+        _sums(weights, tables, ids, backend)
+        for sparse in (False, True):
+            _scatter(weights, x, tables, ids, groups, [True, True], sparse, backend)
+    assert 64 * 50 <= watch.elements <= 64 * 50 + 1
+    with Largest() as watch:
+        (torch.cat(tables)[ids] * x[:, None]).sum(-1)
+    assert watch.elements == 64 * 50 * 32
+
+
 @pytest.mark.slow
-def test_the_lookup_never_holds_a_tensor_of_tokens_times_experts_times_width() -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
+@backend_case
+def test_peak_memory_stays_far_below_that_of_gathered_rows(backend: str) -> None:
+    """What the C kernels allocate is seen by no operator: the memory of a process is. Rows of 4096 x 64 entries, width 128."""
+    found = {kind: peak_memory("tests.kernels.test_expert_lookup", kind) for kind in (backend, "einsum")}
+    gathered = 4096 * 64 * 128 * 4 / 2**20  # megabytes of one tensor of gathered rows
+    assert found[backend] < gathered / 2
+    assert found["einsum"] > gathered  # the measure sees them
 
-    largest = 0
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, tuple | list) else [result]:
-                if isinstance(tensor, Tensor):
-                    largest = max(largest, tensor.numel())
-            return result
-
-    x, tables = torch.randn(64, 32, requires_grad=True), [torch.randn(40, 32, requires_grad=True) for _ in range(2)]
-    ids, weights = torch.randint(40, (64, 50)), torch.randn(64, 50)
-    for backend in ("c", "embedding_bag"):
-        with Watch():
-            expert_lookup(x, ids, weights, tables[:1], tables[1:], backend=backend).sum().backward()
-        assert largest <= 64 * 50 < 64 * 50 * 32
+def measured(backend: str) -> Callable[[], object]:
+    """The work whose peak memory is measured in a process of its own."""
+    x, ids, weights = torch.randn(4096, 128), torch.randint(900, (4096, 64)), torch.randn(4096, 64)
+    tables = [torch.randn(900, 128, requires_grad=True) for _ in range(2)]
+    return lambda: expert_lookup(x, ids, weights, tables[:1], tables[1:], backend=backend).sum().backward()

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 from torch import Tensor
 
-from trialist.kernels import scan, scan_cpu
+from trialist.kernels import scan, scan_cpu, scan_torch
 from trialist.kernels.scan import gated_scan, linear_scan
 
 needs_compiler = pytest.mark.skipif(not scan_cpu.available(), reason="no C compiler: the C kernels cannot be built")
@@ -76,7 +78,7 @@ def test_gradients_of_the_c_scan_equal_those_of_autograd(given: bool, reverse: b
 def test_scan_in_blocks_equals_the_scan_step_by_step(steps: int) -> None:
     a, b, h0 = (x.detach() for x in inputs(steps=steps))
     for start in (h0, None):
-        torch.testing.assert_close(scan._scan_blocks(a, b, start), linear_scan(a, b, start, backend="reference"))
+        torch.testing.assert_close(scan_torch.scan_blocks(a, b, start), linear_scan(a, b, start, backend="reference"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -146,6 +148,7 @@ def test_threads_and_strides_change_no_bit() -> None:
 
 
 @needs_compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the kernel flushes denormals with SSE only")
 def test_faded_states_and_gradients_are_zero_and_not_denormal() -> None:
     a = torch.full((1, 200, 4), 0.5, requires_grad=True)
     b = torch.zeros(1, 200, 4, requires_grad=True)
@@ -156,13 +159,14 @@ def test_faded_states_and_gradients_are_zero_and_not_denormal() -> None:
         assert (faded == 0).any()
 
 
-def gated_loop(gate, candidate, h0, activation, padding_mask, reset):  # type: ignore[no-untyped-def]
+def gated_loop(gate, candidate, h0, forget, activation, padding_mask, reset):  # type: ignore[no-untyped-def]
     """The definition of the gated recurrence, step by step in float64, differentiable."""
     h, states = h0, []
     for t in range(gate.shape[1]):
         x = candidate[:, t]
         new = {"tanh": x.tanh(), "identity": x, "g": torch.where(x >= 0, x + 0.5, 1 / (1 + (-x).exp()))}[activation]
-        z = 1 / (1 + (-gate[:, t]).exp())
+        take = 1 / (1 + (-gate[:, t]).exp())
+        z = take if forget is None else take / (take + 1 / (1 + (-forget[:, t]).exp()))
         last = h if reset is None else torch.where(reset[:, t, None], torch.zeros_like(h), h)
         step = (1 - z) * last + z * new
         h = step if padding_mask is None else torch.where(padding_mask[:, t, None], step, h)
@@ -179,10 +183,16 @@ MASKS = {
 
 
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("activation", ["g", "identity", "tanh"])
+@pytest.mark.parametrize(
+    ("activation", "gates"), [("g", 1), ("g", 2), ("identity", 1), ("identity", 2), ("tanh", 1), ("tanh", 2)]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gated_scan_and_its_gradients_equal_the_loop(backend: str, activation: str, masks: tuple[bool, bool]) -> None:
-    tensors = 3 * draw(B, T, D), 2 * draw(B, T, D, seed=1), draw(B, D, seed=2)
+def test_gated_scan_and_its_gradients_equal_the_loop(
+    backend: str, activation: str, gates: int, masks: tuple[bool, bool]
+) -> None:
+    tensors = [3 * draw(B, T, D), 2 * draw(B, T, D, seed=1), draw(B, D, seed=2)]
+    if gates == 2:
+        tensors.append(3 * draw(B, T, D, seed=4))
     padding_mask = torch.ones(B, T, dtype=torch.bool)
     padding_mask[1, :3] = padding_mask[2, -2:] = False
     reset = torch.zeros(B, T, dtype=torch.bool)
@@ -191,9 +201,12 @@ def test_gated_scan_and_its_gradients_equal_the_loop(backend: str, activation: s
     upstream = draw(B, T, D, seed=3)
 
     ours = [x.clone().requires_grad_() for x in tensors]
-    found = gated_scan(*ours, activation=activation, padding_mask=chosen[0], reset=chosen[1], backend=backend)
+    second = ours[3] if gates == 2 else None
+    found = gated_scan(
+        *ours[:3], forget=second, activation=activation, padding_mask=chosen[0], reset=chosen[1], backend=backend
+    )
     exact = [x.double().requires_grad_() for x in tensors]
-    expected = gated_loop(*exact, activation, *chosen)
+    expected = gated_loop(*exact, *([] if gates == 2 else [None]), activation, *chosen)
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
     gradients = torch.autograd.grad(found, ours, upstream), torch.autograd.grad(expected, exact, upstream.double())
     for mine, theirs in zip(*gradients, strict=True):
@@ -208,6 +221,32 @@ def test_gates_far_open_and_far_shut_stay_finite(backend: str) -> None:
     torch.testing.assert_close(states[0, -2:, 0], torch.tensor([1.25 * 8.7565e-27, 1e4 + 0.5]), rtol=1e-4, atol=1e-30)
     for gradient in torch.autograd.grad(states.sum(), (gate, candidate)):
         assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_gates_far_open_and_far_shut_divide_as_their_odds(backend: str) -> None:
+    """z = (1 + e^-f) / (2 + e^-f + e^-k), where either exponential may be too large for a number."""
+    gate, forget = (x.flatten() for x in torch.meshgrid(*[torch.tensor([-200.0, -30.0, 0.5, 60.0])] * 2, indexing="ij"))
+    exact = (1 + (-forget.double()).exp()) / (2 + (-forget.double()).exp() + (-gate.double()).exp())
+    tensors = [x[None, None].clone().requires_grad_() for x in (gate, forget)]
+    one = torch.ones(1, 1, 16)
+    found = gated_scan(tensors[0], one, forget=tensors[1], activation="identity", backend=backend)
+    torch.testing.assert_close(found[0, 0], exact.float(), rtol=1e-5, atol=1e-30)
+    for gradient in torch.autograd.grad(found.sum(), tensors):
+        assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("gates", [1, 2])
+def test_log_space_gated_scan_takes_gates_whose_sigmoid_is_0_or_1(gates: int) -> None:
+    gate = torch.tensor([110.0, -3.0, -110.0, 2.0])[None, :, None].requires_grad_()
+    forget = torch.tensor([-120.0, 1.0, 3.0, 0.0])[None, :, None] if gates == 2 else None
+    candidate, h0 = draw(1, 4, 1), torch.ones(1, 1)
+    exact = gated_scan(
+        gate.double(), candidate.double(), h0.double(), forget=None if forget is None else forget.double(), backend="reference"
+    )  # fmt: skip
+    found = gated_scan(gate, candidate, h0, forget=forget, backend="log_scan")
+    torch.testing.assert_close(found, exact.float(), rtol=1e-4, atol=1e-5)
+    assert torch.isfinite(torch.autograd.grad(found.sum(), gate)[0]).all()
 
 
 def test_log_space_gated_scan_has_finite_gradients_through_padding() -> None:
@@ -233,11 +272,35 @@ def test_auto_says_once_which_backend_it_took(caplog) -> None:
     assert [record.getMessage().split()[-1] for record in caplog.records] == ["'c'", "'torch'"]
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_second_derivatives_of_the_scan_in_pytorch_hold_against_finite_differences(reverse: bool) -> None:
+    tensors = [
+        x.double().requires_grad_() for x in (draw(2, 4, 3).sigmoid(), draw(2, 4, 3, seed=1), draw(2, 3, seed=2))
+    ]
+    assert torch.autograd.gradgradcheck(lambda *x: linear_scan(*x, reverse=reverse, backend="torch"), tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", pytest.param("c", marks=needs_compiler)])
+def test_operators_describe_themselves_to_the_compiler_as_they_are(backend: str) -> None:
+    """Shapes, strides, schema and derivative, as `torch.compile` takes them on trust."""
+    a, b, h0 = (x.detach()[:, :, :5].requires_grad_() if x.dim() == 3 else x.detach()[:, :5] for x in inputs())
+    operator = scan_cpu.linear_scan_cpu if backend == "c" else scan_torch.linear_scan_torch
+    torch.library.opcheck(operator, (a, b, h0, True))
+    if backend == "c":
+        torch.library.opcheck(scan_cpu.gated_scan_cpu, (a, b, b.clone(), h0, None, True))
+
+
+def test_a_state_in_float64_is_not_cut() -> None:
+    a, b, h0 = torch.rand(1, 2, 3), torch.rand(1, 2, 3), torch.rand(1, 3).double()
+    assert linear_scan(a, b, h0).dtype == gated_scan(a, b, h0).dtype == torch.float64
+
+
 @needs_compiler
 def test_second_derivatives_through_the_c_kernel_are_refused_with_the_way_out() -> None:
     a, b, _ = inputs()
     (first,) = torch.autograd.grad(linear_scan(a, b, backend="c").pow(2).sum(), a, create_graph=True)
-    with pytest.raises(RuntimeError, match="backend='reference'"):
+    with pytest.raises(RuntimeError, match="backend='torch'"):
         first.sum().backward()
 
 
@@ -252,6 +315,9 @@ def test_second_derivatives_through_the_c_kernel_are_refused_with_the_way_out() 
         (lambda x: linear_scan(x, -x, backend="log_scan"), "b must be at least 0"),
         (lambda x: linear_scan(0 * x, x, backend="log_scan"), "a must be above 0"),
         (lambda x: linear_scan(x, x, -x[:, 0], backend="log_scan"), "h0 must be at least 0"),
+        (lambda x: linear_scan(x, x.to(torch.complex64)), "b is torch.complex64; give real floating point"),
+        (lambda x: linear_scan(x.long(), x), "a is torch.int64"),
+        (lambda x: gated_scan(x, x, forget=x[:, :2]), "gate .* and forget .* must have the same shape"),
         (lambda x: gated_scan(x, x, activation="relu"), "choose one of g, identity, tanh"),
         (lambda x: gated_scan(x, x, activation="tanh", backend="log_scan"), "positive states"),
         (lambda x: gated_scan(x, x, reset=x[..., 0] > 0, backend="log_scan"), "cannot start a row anew"),

@@ -119,12 +119,13 @@ def test_gru_computes_what_nn_gru_computes() -> None:
     assert torch.equal(state, last[0])
 
 
-def test_min_lstm_with_equal_gates_takes_exactly_half() -> None:
-    cell = MinLSTM(3, 2, proj=False, activation="identity")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_min_lstm_with_equal_gates_takes_exactly_half(backend: str) -> None:
+    cell, x = MinLSTM(3, 2, proj=False, activation="identity", backend=backend), 40 * draw(4, 1, 3)
     with torch.no_grad():
         cell.in_proj.weight[2:4] = cell.in_proj.weight[:2]
-    gate, _ = cell.gates(cell.in_proj(draw(4, 5, 3)))
-    assert torch.equal(gate.sigmoid(), torch.full((4, 5, 2), 0.5))
+        cell.in_proj.bias[2:4] = cell.in_proj.bias[:2]
+    assert torch.equal(cell(x)[0], 0.5 * cell.in_proj(x)[..., 4:])
 
 
 def test_min_lstm_is_min_gru_whose_gate_is_the_log_of_input_over_forget() -> None:
@@ -179,6 +180,49 @@ def test_bfloat16_autocast_and_bfloat16_weights_keep_the_state_in_float32(make) 
     assert (output.dtype, state.dtype) == (torch.bfloat16, torch.float32)
 
 
+def test_gru_computes_in_the_precision_of_autocast_as_all_layers_do(monkeypatch) -> None:
+    seen, kernel = [], torch.gru
+
+    def spy(x: Tensor, *arguments, **named):
+        seen.append(x.dtype)
+        return kernel(x, *arguments, **named)
+
+    monkeypatch.setattr(torch, "gru", spy)
+    cell, x, mask = GRU(5, 6), draw(2, 4, 5), torch.tensor([[False, True, True, True], [True] * 4])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cell(x)
+        output, _ = cell(x, padding_mask=mask)
+    output.sum().backward()
+    assert seen == [torch.bfloat16, torch.bfloat16]
+    assert cell.rnn.weight_hh_l0.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("kind", "peer"), [(MinGRU, "minGRU"), (MinLSTM, "minLSTM")])
+def test_the_layer_of_min_gru_pytorch_gives_the_same_states_and_gradients(kind: type, peer: str) -> None:
+    module = pytest.importorskip(f"minGRU_pytorch.{peer}", reason="the extra `bench` is not installed")
+    ours, theirs = kind(5, proj=False, bias=False), getattr(module, peer)(5)
+    hidden, *gates = next(theirs.parameters()).detach().split(5)  # theirs begins with the candidate, ours ends with it
+    with torch.no_grad():
+        ours.in_proj.weight.copy_(torch.cat([*gates, hidden]))
+    x, upstream = draw(2, 12, 5), draw(2, 12, 5, seed=1)
+    found, expected = ours(x)[0], theirs(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    (mine,) = torch.autograd.grad(found, ours.in_proj.weight, upstream)
+    (its,) = torch.autograd.grad(expected, tuple(theirs.parameters()), upstream)
+    hidden, *gates = its.split(5)
+    torch.testing.assert_close(mine, torch.cat([*gates, hidden]), rtol=1e-4, atol=1e-4)
+
+
+def test_min_gru_pytorch_puts_a_carried_state_of_min_lstm_through_g_again() -> None:
+    """Why equality with the peer stops at the first state."""
+    module = pytest.importorskip("minGRU_pytorch.minLSTM", reason="the extra `bench` is not installed")
+    theirs = module.minLSTM(5)
+    x = draw(2, 12, 5)
+    whole = theirs(x)
+    _, state = theirs(x[:, :6], return_next_prev_hidden=True)
+    assert (theirs(x[:, 6:], state) - whole[:, 6:]).abs().max() > 0.05
+
+
 @minimal
 def test_gate_bias_sets_how_much_of_the_old_state_a_zero_input_keeps(kind: type) -> None:
     cell = kind(5, 3, proj=False, activation="identity", gate_bias_init=(2.0, 50.0))
@@ -200,16 +244,19 @@ def test_a_zero_gate_bias_forgets_half_of_the_state_at_every_token() -> None:
     [
         (lambda: MinGRU(0), "input_size 0"),
         (lambda: MinGRU(4, 5, expansion=2.0), "not both"),
-        (lambda: MinGRU(4, expansion=-1.0), "must be at least 1"),
+        (lambda: MinGRU(4, expansion=-1.0), "leaves no channel"),
         (lambda: MinGRU(4, activation="relu"), "choose one of g, identity, tanh"),
         (lambda: MinGRU(4, backend="triton"), "choose one of auto"),
         (lambda: MinLSTM(4, backend="log_scan", activation="tanh"), "needs positive states"),
         (lambda: MinGRU(4, gate_bias_init=(1.0, 9.0)), "1 < shortest <= longest"),
         (lambda: MinGRU(4, gate_bias_init=1.0, bias=False), "needs bias=True"),
-        (lambda: MinGRU(4, gate_bias_init=float("nan")), "must be finite"),
+        (lambda: MinGRU(4, gate_bias_init=float("nan")), "must be a finite number"),
         (lambda: MinGRU(4)(torch.zeros(2, 0, 4)), "at least one time step"),
         (lambda: MinGRU(4)(torch.zeros(2, 3, 4), torch.zeros(2, 5)), r"wanted torch.float32 \(B, d_h\) = \(2, 4\)"),
         (lambda: GRU(4, 4)(torch.zeros(2, 3, 4), torch.zeros(2, 4).bfloat16()), "state is torch.bfloat16"),
+        (lambda: GRU(4, 5)(torch.zeros(2, 3, 4), padding_mask=torch.ones(2, 9).bool()), r"padding_mask .* of shape \(2, 9\)"),
+        (lambda: GRU(4, 5)(torch.zeros(3, 6, 4), padding_mask=torch.ones(3, 6).long()), "padding_mask is torch.int64"),
+        (lambda: GRU(4, 5)(torch.zeros(2, 3, 4), reset=torch.ones(2, 2).bool()), r"reset .* wanted bool \(B, T\) = \(2, 3\)"),
         (lambda: MinGRU(4, backend="log_scan")(torch.zeros(1, 2, 4), -torch.ones(1, 4)), "h0 must be at least 0"),
     ],
 )  # fmt: skip

@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from trialist.models import selected_logprobs
-from trialist.models.configuration import FEED_FORWARDS, MIXERS
+from trialist.models import enable_eviction, selected_logprobs, set_budgets
+from trialist.models.configuration import FEED_FORWARDS, MIXERS, RECURRENT_MIXERS
 from trialist.models.documents import keeps_documents_apart
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -33,7 +33,7 @@ def mix(decoder):
 def test_every_way_of_decoding_gives_the_tokens_of_full_passes(mix, padded, mixer: str, ffn: str) -> None:
     model, (ids, mask) = mix(mixer, ffn), padded
     uncached = model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY)
-    for options in ({}, {"prefill_chunk_size": 3}):
+    for options in ({}, {"prefill_chunk_size": 3}, {"cache_implementation": "static"}):
         assert torch.equal(model.generate(ids, attention_mask=mask, **options, **GREEDY), uncached), options
     assert torch.equal(model.generate(ids[1:2, 4:], **GREEDY)[0], uncached[1, 4:]), "padding on the left changes tokens"
     beams = [
@@ -46,6 +46,28 @@ def test_every_way_of_decoding_gives_the_tokens_of_full_passes(mix, padded, mixe
         torch.manual_seed(3)
         sampled.append(model.generate(ids, attention_mask=mask, use_cache=cache, **{**GREEDY, "do_sample": True}))
     assert torch.equal(*sampled)
+
+
+@pytest.mark.parametrize("mixer", ["full_attention", "selective_attention", *RECURRENT_MIXERS])
+@pytest.mark.parametrize("policy", ["penalty", "recency", "h2o"])
+def test_under_budgets_every_way_of_decoding_gives_the_tokens_of_full_passes(
+    mix, padded, mixer: str, policy: str
+) -> None:
+    """Policies act on all layers with attention, the penalty on selective ones; recurrent mixers stand between them."""
+    model, (ids, mask) = mix(mixer, "swiglu").double(), padded
+    if policy != "penalty":
+        enable_eviction(model, policy, 5)
+    elif mixer == "selective_attention":
+        set_budgets(model, [4, 6])
+    else:
+        pytest.skip("no selective layer")
+    uncached = model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY)
+    for options in ({}, {"prefill_chunk_size": 3}):
+        assert torch.equal(model.generate(ids, attention_mask=mask, **options, **GREEDY), uncached), options
+    beams = [
+        model.generate(ids, attention_mask=mask, num_beams=3, use_cache=cache, **GREEDY) for cache in (True, False)
+    ]
+    assert torch.equal(*beams)
 
 
 @every_mixer
@@ -97,3 +119,39 @@ def test_scored_log_probabilities_are_those_of_the_logits(mix, padded, mixer: st
     log_p = model(ids, attention_mask=mask, position_ids=position_ids).logits[:, :-1].log_softmax(-1)
     expected = log_p.gather(-1, ids[:, 1:, None])[..., 0] * (mask[:, 1:] & mask[:, :-1])
     torch.testing.assert_close(selected_logprobs(model, ids, mask), expected, rtol=1e-4, atol=1e-4)
+
+
+@every_mixer
+@every_feed_forward
+def test_gradient_checkpointing_changes_no_gradient(mix, padded, mixer: str, ffn: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = mix(mixer, ffn).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(padded[0], attention_mask=padded[1], labels=padded[0]).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@every_mixer
+@every_feed_forward
+def test_weights_in_bfloat16_decode_what_they_score_highest(mix, padded, mixer: str, ffn: str) -> None:
+    """Up to the rounding of logits, by which another order of the same sums may differ."""
+    model, (ids, mask) = mix(mixer, ffn).bfloat16(), padded
+    found = model.generate(ids, attention_mask=mask, **GREEDY)
+    everything = torch.cat([mask, torch.ones_like(found[:, 11:])], 1)
+    positions = (everything.cumsum(-1) - 1).clamp(min=0)
+    logits = model(found, attention_mask=everything, position_ids=positions).logits[:, 10:-1].float()
+    chosen = logits.gather(-1, found[:, 11:, None])[..., 0]
+    assert (logits.amax(-1) - chosen).max() < 0.05 * logits.abs().max()
+
+
+@pytest.mark.slow
+@every_mixer
+def test_the_compiled_model_gives_the_logits_of_the_plain_one(mix, padded, mixer: str) -> None:
+    model, (ids, mask) = mix(mixer, "swiglu"), padded
+    compiled = torch.compile(model, backend="aot_eager")
+    found = compiled(ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(found, model(ids, attention_mask=mask).logits, rtol=1e-4, atol=1e-4)

@@ -42,6 +42,16 @@ def test_layer_counts_tokens_and_keeps_a_state_that_does_not_grow(filled, padded
     assert (layer.state.shape, layer.conv_tail.shape) == shapes
 
 
+def test_a_cached_layer_holds_no_memory_but_its_state_and_the_tail_of_the_convolution(decoder, padded) -> None:
+    model = decoder("min_gru", "gru", "conv_attention")
+    for rows in (1, 3):
+        cache = DynamicCache(config=model.config)
+        model(padded[0][:rows], past_key_values=cache)
+        for layer in cache.layers:
+            for tensor in (getattr(layer, "state", None), layer.conv_tail):
+                assert tensor is None or tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_causal_mask_is_sized_by_the_attention_layer_behind_the_recurrent_one(decoder, padded, static: bool) -> None:
     model, (ids, mask) = decoder(*MIXED), padded
@@ -103,8 +113,30 @@ def test_cropping_is_refused_with_the_reason_unless_nothing_is_removed(filled) -
     assert not filled[1].is_croppable
 
 
-def test_caches_without_recurrent_layers_are_refused_with_the_way_to_build_one(decoder, padded) -> None:
-    model = decoder("full_attention", "min_gru")
+def test_attention_behind_a_convolution_goes_on_from_rows_that_were_moved_and_gives_no_token_back(
+    decoder, padded
+) -> None:
+    model, (ids, mask) = decoder("conv_attention", "conv_attention"), padded
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :7], attention_mask=mask[:, :7], position_ids=positions(mask)[:, :7], past_key_values=cache)
+    expected = model(ids, attention_mask=mask, position_ids=positions(mask)).logits[:, 7:]
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([1, 2, 5]))
+    rows = torch.tensor([2, 0, 1])
+    found = model(
+        ids[rows, 7:], attention_mask=mask[rows], position_ids=positions(mask)[rows, 7:], past_key_values=cache
+    ).logits
+    torch.testing.assert_close(found, expected[rows], rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="cannot give back its last 2 tokens"):
+        cache.layers[0].crop(-2)
+    cache.reset()
+    assert cache.layers[0].conv_tail is None
+
+
+@pytest.mark.parametrize("mixer", ["min_gru", "conv_attention"])
+def test_caches_without_recurrent_layers_are_refused_with_the_way_to_build_one(decoder, padded, mixer: str) -> None:
+    model = decoder("full_attention", mixer)
     for cache in (DynamicCache(), DynamicCache(config=decoder("full_attention", "full_attention").config)):
         with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
             model(padded[0], past_key_values=cache)

@@ -14,6 +14,7 @@ from trialist.models import (
     RecurrentStateLayer,
     flops_per_token,
     initialize_,
+    selected_logprobs,
 )
 from trialist.models.documents import keeps_documents_apart
 from trialist.models.recurrent.mixer import CausalConvolution, tokens_since
@@ -25,6 +26,7 @@ VARIANTS = {
     "recurrent-first": {"layer_types": ["min_gru", "full_attention"], "min_rnn": {"activation": "tanh", "bias": False}},
     "attention-first": {"layer_types": ["selective_attention", "min_lstm"], "norm_style": "sandwich"},
     "one-tap": {"layer_types": ["min_gru", "gru"], "min_rnn": {"conv_kernel": 1}},
+    "attention-behind-a-convolution": {"layer_types": ["conv_attention", "min_gru"], "min_rnn": {"conv_kernel": 3}},
 }  # fmt: skip
 variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 
@@ -73,6 +75,76 @@ def test_packed_documents_do_not_see_each_other(decoder, changes: dict) -> None:
     packed = model(torch.cat([first, second, third], 1), position_ids=positions).logits
     for document, place in ((first, slice(0, 6)), (second, slice(6, 8)), (third, slice(8, 15))):
         torch.testing.assert_close(packed[:, place], model(document).logits, rtol=1e-4, atol=1e-4)
+
+
+@variant
+def test_a_document_starts_wherever_positions_do_not_go_on_by_one(decoder, changes: dict) -> None:
+    """As the masks of transformers have it, where there is neither a padding mask nor a cache."""
+    model, ids = decoder(**changes), torch.randint(3, 37, (1, 12))
+    positions = torch.cat([torch.arange(6), torch.arange(3, 9)])[None]
+    packed = model(ids, position_ids=positions).logits
+    alone = model(ids[:, 6:], position_ids=positions[:, 6:]).logits
+    torch.testing.assert_close(packed[:, 6:], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mixer", ["min_gru", "gru", "conv_attention"])
+def test_masks_that_say_who_sees_whom_are_refused_where_a_layer_cannot_honour_them(decoder, mixer: str) -> None:
+    model, ids = decoder(mixer, "full_attention"), torch.randint(3, 37, (1, 8))
+    visible = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+    for mask, words in ((visible, r"of shape \(1, 1, 8, 8\)"), ({"full_attention": visible}, "a dict")):
+        with pytest.raises(ValueError, match=words + ".* takes a padding mask"):
+            model(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match="takes a padding mask"):
+        selected_logprobs(model, ids, visible)
+
+
+def test_documents_that_start_inside_a_cache_are_refused_where_attention_would_see_the_one_before(decoder) -> None:
+    ids, positions = torch.randint(3, 37, (1, 8)), torch.cat([torch.arange(5), torch.arange(3)])[None]
+    for names in (("min_gru", "full_attention"), ("full_attention", "full_attention")):
+        model = decoder(*names)
+        cache = DynamicCache(config=model.config)
+        with pytest.raises(ValueError, match="pack documents without a cache"):
+            model(ids, position_ids=positions, past_key_values=cache)
+        model(ids, position_ids=torch.arange(8)[None], past_key_values=cache)
+        with pytest.raises(ValueError, match="pack documents without a cache"):
+            model(ids, position_ids=torch.arange(8)[None], past_key_values=cache)
+        model(ids, position_ids=torch.arange(8, 16)[None], past_key_values=cache)
+
+
+def test_packed_documents_pass_a_cache_of_recurrent_layers_one_by_one(decoder) -> None:
+    model, ids = decoder("min_gru", "gru"), torch.randint(3, 37, (1, 8))
+    cache = DynamicCache(config=model.config)
+    positions = torch.cat([torch.arange(5), torch.arange(3)])[None]
+    found = model(ids, position_ids=positions, past_key_values=cache).logits[:, 5:]
+    torch.testing.assert_close(found, model(ids[:, 5:]).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_starts_of_documents_are_looked_for_once_a_pass_and_not_at_all_without_positions(
+    decoder, monkeypatch, layers: int
+) -> None:
+    """Looking waits for the accelerator."""
+    model, ids, looks, look = decoder(*["min_gru"] * layers), torch.randint(3, 37, (1, 8)), [], Tensor.any
+    monkeypatch.setattr(
+        Tensor, "any", lambda self, *arguments, **named: looks.append(1) or look(self, *arguments, **named)
+    )
+    model(ids)
+    assert not looks
+    model(ids, position_ids=torch.arange(8)[None])
+    assert len(looks) == 1
+    looks.clear()
+    model.generate(ids, **GREEDY)
+    assert len(looks) < 2 * GREEDY["max_new_tokens"]  # generate's own
+
+
+@pytest.mark.parametrize("mixer", ["min_gru", "min_lstm"])
+def test_log_space_scan_decodes_a_padded_batch_as_the_direct_one(decoder, padded, mixer: str) -> None:
+    ids, mask = padded
+    tokens = [
+        decoder(mixer, mixer, min_rnn={"backend": backend}).generate(ids, attention_mask=mask, **GREEDY)
+        for backend in ("log_scan", "torch")
+    ]
+    assert torch.equal(*tokens)
 
 
 def test_padding_that_comes_token_by_token_leaves_no_trace(decoder, padded) -> None:
@@ -238,6 +310,13 @@ def test_flops_count_the_projections_the_recurrence_and_the_convolution(decoder)
         ({"conv_kernel": 0}, "conv_kernel is 0"),
         ({"conv_kernel": 2.5}, "conv_kernel is 2.5"),
         ({"expansion": 0.0}, "expansion is 0.0"),
+        ({"expansion": 0.001}, "of a width of 256 it leaves no channel"),
+        ({"expansion": float("inf")}, "must be a finite number"),
+        ({"expansion": "2"}, "expansion is '2'; it must be a finite number"),
+        ({"conv_kernel": True}, "conv_kernel is True"),
+        ({"bias": "no"}, "bias is 'no'; it must be True or False"),
+        ({"gate_bias_init": "12"}, "gate_bias_init is '12'"),
+        ({"gate_bias_init": [2, float("inf")]}, "shortest, longest"),
         ({"activation": "relu"}, "choose one of g, identity, tanh"),
         ({"backend": "log_scan", "activation": "tanh"}, "needs positive states"),
         ({"gate_bias_init": [1]}, "shortest, longest"),
@@ -249,12 +328,41 @@ def test_settings_that_cannot_work_are_refused_when_the_configuration_is_made(se
         ModularDecoderConfig(num_hidden_layers=1, layer_types=["min_gru"], min_rnn=settings)
 
 
+@pytest.mark.parametrize(
+    ("mixers", "settings", "unread"),
+    [
+        (["gru"], {"activation": "tanh", "gate_bias_init": [2, 99], "expansion": 2.0}, "activation, gate_bias_init"),
+        (["conv_attention"], {"expansion": 2.0, "conv_kernel": 2}, "expansion"),
+        (["conv_attention", "gru"], {"backend": "torch"}, "backend"),
+        (["full_attention"], {"activation": "nonsense"}, "activation"),
+    ],
+)  # fmt: skip
+def test_settings_that_no_layer_reads_are_refused(mixers: list[str], settings: dict, unread: str) -> None:
+    with pytest.raises(Exception, match=f"min_rnn holds {unread}, which nothing reads"):
+        ModularDecoderConfig(num_hidden_layers=len(mixers), layer_types=mixers, min_rnn=settings)
+    ModularDecoderConfig(num_hidden_layers=2, layer_types=["gru", "min_gru"], min_rnn={"activation": "tanh"})
+
+
+def test_attention_behind_no_convolution_is_refused() -> None:
+    with pytest.raises(Exception, match="without a convolution is full_attention"):
+        ModularDecoderConfig(num_hidden_layers=1, layer_types=["conv_attention"], min_rnn={"conv_kernel": None})
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["auto", "torch", "log_scan"])
+def test_compiled_model_gives_the_logits_of_the_plain_one(decoder, backend: str) -> None:
+    model, ids = decoder("min_gru", "min_lstm", min_rnn={"backend": backend}), torch.randint(3, 37, (2, 9))
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("kind", ["min_gru", "min_lstm"])
-def test_compiled_block_has_no_graph_break_and_equal_gradients(kind: str) -> None:
+def test_compiled_block_has_no_graph_break_and_equal_gradients(kind: str, backend: str) -> None:
     config = ModularDecoderConfig(
         vocab_size=37, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
-        layer_types=[kind] * 2,
+        layer_types=[kind] * 2, min_rnn={"backend": backend},
     )  # fmt: skip
     model = ModularDecoderForCausalLM(config)
     initialize_(model, 0)

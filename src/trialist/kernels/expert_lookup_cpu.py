@@ -77,16 +77,22 @@ def gather_sum(weights: Tensor, tables: Sequence[Tensor], ids: Tensor) -> Tensor
 
 
 def group_by_id(ids: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries sorted by id `(M,)`, the ids that occur `(K,)`, and where the entries of each begin and end `(K + 1,)`."""
+    """Entries sorted by id `(M,)`, the ids that occur, then `total` `(M,)`, and where the entries of each begin, then M
+    `(M + 1,)`."""
     flat = ids.reshape(-1).contiguous()
-    order, rows, offsets = (torch.empty(flat.numel() + extra, dtype=torch.int64) for extra in (0, 0, 1))
+    entries = flat.numel()
+    order, rows, offsets = (
+        torch.empty_like(flat),
+        flat.new_full((entries,), total),
+        flat.new_full((entries + 1,), entries),
+    )
     group = load_library(SOURCE).group_by_id  # type: ignore[union-attr]
     group.restype = ctypes.c_long
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (order, rows, offsets))
-    found = group(ctypes.c_void_p(flat.data_ptr()), ctypes.c_long(flat.numel()), ctypes.c_long(total), *pointers)
+    found = group(ctypes.c_void_p(flat.data_ptr()), ctypes.c_long(entries), ctypes.c_long(total), *pointers)
     if found < 0:
         raise _error(-found, total)
-    return order, rows[:found], offsets[: found + 1]
+    return order, rows, offsets
 
 
 def scatter_sum(

@@ -27,7 +27,7 @@ typedef struct {
 } series;
 
 typedef struct {
-    series a, b, h, grad, d_a, d_b; /* a, b are k, c of the gated recurrence; h is written forward and read backward */
+    series a, b, f, h, grad, d_a, d_b, d_f; /* a, b are k, c of the gated recurrence; h is written forward, read backward */
     const float *h0;
     float *d_h0;
     const uint8_t *marks; /* (B, T), or NULL where every step is a token */
@@ -88,6 +88,26 @@ INLINE void logistic(float x, float *up, float *down) {
     *down = x < 0.0f ? large : small;
 }
 
+/* One gate: z = sigmoid(k). Two: z = sigmoid(k) / (sigmoid(f) + sigmoid(k)) = A / (A + B) with A = 1 + e^-f, B = 1 + e^-k, all
+ * times e^-s so that nothing overflows. z and 1 - z come to full relative precision. The log-odds of z are log A - log B;
+ * their slopes are by_k = sigmoid(-k) and by_f = -sigmoid(-f). */
+INLINE void gates(float k, const float *f, float *z, float *keep, float *by_k, float *by_f) {
+    if (!f) {
+        logistic(k, z, keep);
+        *by_k = 1.0f;
+        *by_f = 0.0f;
+        return;
+    }
+    float s = k < *f ? -k : -*f;
+    s = s < 0.0f ? 0.0f : s;
+    float one = exponential(-s), e_k = exponential(-k - s), e_f = exponential(-*f - s);
+    float a = one + e_f, b = one + e_k, scale = 1.0f / (a + b);
+    *z = a * scale;
+    *keep = b * scale;
+    *by_k = e_k / b;
+    *by_f = -e_f / a;
+}
+
 INLINE float candidate(float c, int positive, float *slope) {
     float up, down;
     logistic(c, &up, &down);
@@ -124,47 +144,52 @@ static void scan_steps_back(const problem *p, int row, int first, int width) {
         for (int n = 0; n < width; n++) p->d_h0[(long)row * p->D + first + n] = carry[n];
 }
 
-INLINE void gated(const problem *p, int row, int first, int width, int positive) {
+INLINE void gated(const problem *p, int row, int first, int width, int positive, int two) {
     const float *h0 = initial(p, row, first);
-    float carry[SPAN], slope;
+    float carry[SPAN], slope, by_k, by_f;
     for (int n = 0; n < width; n++) carry[n] = h0 ? h0[n] : 0.0f;
     for (long t = 0; t < p->T; t++) {
         int mark = p->marks ? p->marks[(long)row * p->T + t] : TOKEN;
         const float *k = place(&p->a, row, t, first), *c = place(&p->b, row, t, first);
+        const float *f = two ? place(&p->f, row, t, first) : 0;
         float *h = place(&p->h, row, t, first);
         if (mark == RESTART)
             for (int n = 0; n < width; n++) carry[n] = 0.0f;
         if (mark != PADDING)
             for (int n = 0; n < width; n++) {
                 float z, keep;
-                logistic(k[n], &z, &keep);
+                gates(k[n], two ? f + n : 0, &z, &keep, &by_k, &by_f);
                 carry[n] = keep * carry[n] + z * candidate(c[n], positive, &slope);
             }
         for (int n = 0; n < width; n++) h[n] = carry[n];
     }
 }
 
-/* With d[t] = grad[t] + keep[t+1] d[t+1]:  d_k = d (g(c) - h[t-1]) z keep,  d_c = d z g'(c) */
-INLINE void gated_back(const problem *p, int row, int first, int width, int positive) {
+/* With d[t] = grad[t] + keep[t+1] d[t+1]:  d_u = d (g(c) - h[t-1]) z keep for the log-odds u of z,  d_c = d z g'(c) */
+INLINE void gated_back(const problem *p, int row, int first, int width, int positive, int two) {
     static const float nothing[SPAN];
     float carry[SPAN] = {0};
     for (long t = p->T - 1; t >= 0; t--) {
         int mark = p->marks ? p->marks[(long)row * p->T + t] : TOKEN;
         const float *k = place(&p->a, row, t, first), *c = place(&p->b, row, t, first);
-        const float *grad = place(&p->grad, row, t, first);
+        const float *f = two ? place(&p->f, row, t, first) : 0, *grad = place(&p->grad, row, t, first);
         const float *last = t ? place(&p->h, row, t - 1, first) : initial(p, row, first);
         float *d_k = place(&p->d_a, row, t, first), *d_c = place(&p->d_b, row, t, first);
+        float *d_f = two ? place(&p->d_f, row, t, first) : 0;
         if (mark == PADDING) {
             for (int n = 0; n < width; n++) carry[n] += grad[n];
             for (int n = 0; n < width; n++) d_k[n] = d_c[n] = 0.0f;
+            for (int n = 0; two && n < width; n++) d_f[n] = 0.0f;
             continue;
         }
         if (!last || mark == RESTART) last = nothing;
+#pragma GCC ivdep /* too many pairs of pointers to be checked at run time */
         for (int n = 0; n < width; n++) {
-            float z, keep, slope, d = grad[n] + carry[n];
-            logistic(k[n], &z, &keep);
-            float new = candidate(c[n], positive, &slope);
-            d_k[n] = d * (new - last[n]) * z * keep;
+            float z, keep, by_k, by_f, slope, d = grad[n] + carry[n];
+            gates(k[n], two ? f + n : 0, &z, &keep, &by_k, &by_f);
+            float new = candidate(c[n], positive, &slope), d_u = d * (new - last[n]) * z * keep;
+            d_k[n] = d_u * by_k;
+            if (two) d_f[n] = d_u * by_f;
             d_c[n] = d * z * slope;
             carry[n] = mark == RESTART ? 0.0f : keep * d;
         }
@@ -174,11 +199,13 @@ INLINE void gated_back(const problem *p, int row, int first, int width, int posi
 }
 
 static void gated_steps(const problem *p, int row, int first, int width) {
-    p->positive ? gated(p, row, first, width, 1) : gated(p, row, first, width, 0);
+    if (p->f.at) p->positive ? gated(p, row, first, width, 1, 1) : gated(p, row, first, width, 0, 1);
+    else p->positive ? gated(p, row, first, width, 1, 0) : gated(p, row, first, width, 0, 0);
 }
 
 static void gated_steps_back(const problem *p, int row, int first, int width) {
-    p->positive ? gated_back(p, row, first, width, 1) : gated_back(p, row, first, width, 0);
+    if (p->f.at) p->positive ? gated_back(p, row, first, width, 1, 1) : gated_back(p, row, first, width, 0, 1);
+    else p->positive ? gated_back(p, row, first, width, 1, 0) : gated_back(p, row, first, width, 0, 0);
 }
 
 static void run(const problem *p, void (*task)(const problem *, int, int, int)) {

@@ -1,7 +1,8 @@
 """The C kernels of the linear recurrences as PyTorch operators; `scan.py` holds the algorithms and picks the backend.
 
 Work: a few operations for each number that is read or written, so the bound is memory. The scan moves 3 B T D numbers
-forward and 5 backward; so does the gated recurrence, which saves besides its inputs only h.
+forward and 5 backward; so does the gated recurrence, which saves besides its inputs only h. A second gate adds one number
+forward and two backward.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from trialist.kernels.compile import load_library
 
-_SERIES = ("a", "b", "h", "grad", "d_a", "d_b")
+_SERIES = ("a", "b", "f", "h", "grad", "d_a", "d_b", "d_f")
 
 
 class _Series(ctypes.Structure):
@@ -77,23 +78,39 @@ def _linear_scan_backward(
 
 
 @torch.library.custom_op("trialist::gated_scan", mutates_args=(), device_types="cpu")
-def gated_scan_cpu(gate: Tensor, candidate: Tensor, h0: Tensor | None, marks: Tensor | None, positive: bool) -> Tensor:
+def gated_scan_cpu(
+    gate: Tensor, candidate: Tensor, forget: Tensor | None, h0: Tensor | None, marks: Tensor | None, positive: bool
+) -> Tensor:
     """As `gated_scan`, for float32 tensors on the CPU. marks: uint8 `(B, T)`, 1 at padding, 2 at a restart."""
     h = gate.new_empty(gate.shape)
-    series = {"a": _adjacent(gate), "b": _adjacent(candidate), "h": h}
+    series = _gated_series(gate, candidate, forget) | {"h": h}
     _call("gated_forward", series, positive=positive, h0=_whole(h0), marks=_whole(marks))
     return h
 
 
 @torch.library.custom_op("trialist::gated_scan_backward", mutates_args=(), device_types="cpu")
 def _gated_scan_backward(
-    grad: Tensor, gate: Tensor, candidate: Tensor, h: Tensor, h0: Tensor | None, marks: Tensor | None, positive: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    d_gate, d_candidate, d_h0 = _empty_gradients(grad, gate)
-    series = {"a": _adjacent(gate), "b": _adjacent(candidate), "h": h, "grad": _adjacent(grad)}
-    series |= {"d_a": d_gate, "d_b": d_candidate}
+    grad: Tensor, gate: Tensor, candidate: Tensor, forget: Tensor | None, h: Tensor, h0: Tensor | None,
+    marks: Tensor | None, positive: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of gate, candidate, forget (nothing where there is none) and h0."""
+    d_gate, d_candidate, d_forget, d_h0 = _empty_gated_gradients(grad, gate, candidate, forget)
+    series = _gated_series(gate, candidate, forget) | {"h": h, "grad": _adjacent(grad)}
+    series |= {"d_a": d_gate, "d_b": d_candidate, **({} if forget is None else {"d_f": d_forget})}
     _call("gated_backward", series, positive=positive, h0=_whole(h0), marks=_whole(marks), d_h0=d_h0)
-    return d_gate, d_candidate, d_h0
+    return d_gate, d_candidate, d_forget, d_h0
+
+
+def _gated_series(gate: Tensor, candidate: Tensor, forget: Tensor | None) -> dict[str, Tensor]:
+    series = {"a": _adjacent(gate), "b": _adjacent(candidate)}
+    return series if forget is None else series | {"f": _adjacent(forget)}
+
+
+def _empty_gated_gradients(
+    grad: Tensor, gate: Tensor, candidate: Tensor, forget: Tensor | None, *_: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_gate, d_candidate, d_h0 = _empty_gradients(grad, gate)
+    return d_gate, d_candidate, gate.new_empty((0,) if forget is None else gate.shape), d_h0
 
 
 def _empty_gradients(grad: Tensor, a: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,18 +134,20 @@ def _differentiate_scan(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 
 
 def _save_gated(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    gate, candidate, h0, marks, ctx.positive = inputs
-    ctx.save_for_backward(gate, candidate, output, h0, marks)
+    gate, candidate, forget, h0, marks, ctx.positive = inputs
+    ctx.save_for_backward(gate, candidate, forget, output, h0, marks)
 
 
 def _differentiate_gated(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    gate, candidate, h, h0, marks = ctx.saved_tensors
-    d_gate, d_candidate, d_h0 = _gated_scan_backward(grad, gate, candidate, h, h0, marks, ctx.positive)
-    return d_gate, d_candidate, None if h0 is None else d_h0, None, None
+    gate, candidate, forget, h, h0, marks = ctx.saved_tensors
+    d_gate, d_candidate, d_forget, d_h0 = _gated_scan_backward(
+        grad, gate, candidate, forget, h, h0, marks, ctx.positive
+    )
+    return d_gate, d_candidate, None if forget is None else d_forget, None if h0 is None else d_h0, None, None
 
 
 def _refuse(ctx, *_):  # type: ignore[no-untyped-def]
-    raise RuntimeError("backend 'c' is differentiable once; for second derivatives pass backend='reference'")
+    raise RuntimeError("backend 'c' is differentiable once; for second derivatives pass backend='torch'")
 
 
 for _operator, _save, _differentiate in (
@@ -137,6 +156,9 @@ for _operator, _save, _differentiate in (
 ):
     _operator.register_fake(_empty)
     _operator.register_autograd(_differentiate, setup_context=_save)
-for _operator in (_linear_scan_backward, _gated_scan_backward):
-    _operator.register_fake(_empty_gradients)
+for _operator, _empty_outputs in (
+    (_linear_scan_backward, _empty_gradients),
+    (_gated_scan_backward, _empty_gated_gradients),
+):
+    _operator.register_fake(_empty_outputs)
     _operator.register_autograd(_refuse)

@@ -32,10 +32,11 @@ class FullAttention(nn.Module):
         self.scaling = width**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, groups * width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, groups * width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=config.attention_bias)
+        some, every = bool(config.attention_bias), config.attention_bias is True
+        self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=some)
+        self.k_proj = nn.Linear(config.hidden_size, groups * width, bias=some)
+        self.v_proj = nn.Linear(config.hidden_size, groups * width, bias=every)
+        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=every)
 
     def forward(
         self,
@@ -44,11 +45,12 @@ class FullAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         padding_mask: Tensor | None = None,
+        reset: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Mixed states `(B, T, hidden_size)` and the attention weights where the implementation has them.
 
-        attention_mask as transformers builds it from the padding, so `padding_mask` has nothing to add.
+        attention_mask as transformers builds it from padding and positions, so `padding_mask` and `reset` have nothing to add.
         """
         B, T, _ = hidden_states.shape
         query = self.q_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from trialist.models.eviction.budgets import spread_budgets
 
 MIXERS = {
+    "conv_attention": "trialist.models.recurrent.conv_attention:ConvolvedAttention",
     "full_attention": "trialist.models.attention:FullAttention",
     "gru": "trialist.models.recurrent.mixer:GRUMixer",
     "min_gru": "trialist.models.recurrent.mixer:MinGRUMixer",
@@ -25,7 +26,10 @@ MIXERS = {
 """`layer_types`: what mixes the tokens of a layer"""
 
 RECURRENT_MIXERS = ("gru", "min_gru", "min_lstm")
-"""Mixers that carry a state from token to token, which cannot be cropped"""
+"""Mixers that are a recurrent state and no keys and values"""
+
+STATEFUL_MIXERS = (*RECURRENT_MIXERS, "conv_attention")
+"""Mixers that carry something from token to token which cannot be cropped; they read `min_rnn`"""
 
 FEED_FORWARDS = {
     "gelu": "trialist.models.gelu_feed_forward:GELUFeedForward",
@@ -115,6 +119,7 @@ class ModularDecoderConfig(PreTrainedConfig):
 
     model_type = "modular_decoder"
     keys_to_ignore_at_inference = ["past_key_values", "num_steps", "latent_states"]
+    auto_map: ClassVar[dict[str, str]] = {}  # saved models bring no code; TRL asks configurations it does not know
 
     vocab_size: int = 32000
     hidden_size: int = 256
@@ -135,11 +140,12 @@ class ModularDecoderConfig(PreTrainedConfig):
     min_rnn: dict | None = None
     """Mixers `min_gru`, `min_lstm` and `gru`: `expansion` (state over stream width, default 1.0), `conv_kernel` (taps of
     the causal convolution before the gates, default 4, None for none), `bias`; not for `gru`: `activation`,
-    `gate_bias_init` and `backend` as in `trialist.models.MinGRU`"""
+    `gate_bias_init` and `backend` as in `trialist.models.MinGRU`; for `conv_attention`: `conv_kernel`. What no layer reads is
+    refused"""
     peer: dict | None = None
     """Feed-forward `peer`: the arguments of `trialist.models.PEER`, and `generations` of a pool of experts that grew"""
     recurrent: dict | None = None
-    """Recurrent depth (`depth="recurrent"`): the settings of `trialist.models.recurrent_depth.loop`"""
+    """Recurrent depth (`depth="recurrent"`): the settings of `trialist.models.recurrent_depth.settings`"""
     selective: dict | None = None
     """Selective attention: `selector_head` (default 0), `protect_bos` (default True) and `budgets`: how many tokens a layer
     keeps, one number for all or one a selective layer in order, None for all tokens (default None)"""
@@ -147,7 +153,8 @@ class ModularDecoderConfig(PreTrainedConfig):
     rope_parameters: dict | None = None
     rms_norm_eps: float = 1e-6
     attention_dropout: float = 0.0
-    attention_bias: bool = False
+    attention_bias: bool | str = False
+    """Bias of the projections of attention: of all four, or with `qk` of those of queries and keys (arXiv 2502.05171)"""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights"""
     embedding_initializer_range: float | None = None
@@ -205,16 +212,19 @@ class ModularDecoderConfig(PreTrainedConfig):
                 f"head_dim is {width}; rotary embeddings need an even one. Without head_dim it is "
                 f"hidden_size / num_attention_heads = {self.hidden_size} / {heads}"
             )
+        if self.attention_bias not in (True, False, "qk"):
+            raise ValueError(f"attention_bias is {self.attention_bias!r}; choose True, False or 'qk'")
         if self.norm_style not in ("pre", "sandwich"):
             raise ValueError(f"norm_style is {self.norm_style!r}; choose 'pre' or 'sandwich'")
         for field, known in SETTINGS.items():
             unknown = set(getattr(self, field) or {}) - set(known)
             if unknown:
                 raise ValueError(f"{field} holds unknown keys {sorted(unknown)}; known are {', '.join(known)}")
-        if set(RECURRENT_MIXERS) & set(self.layer_types or []):
-            from trialist.models.recurrent.min_rnn import check_settings as check_min_rnn
+        stateful = set(STATEFUL_MIXERS) & set(self.layer_types or [])
+        if stateful or self.min_rnn:
+            from trialist.models.recurrent.checks import check_configuration
 
-            check_min_rnn(**self.settings("min_rnn"))
+            check_configuration(stateful, self.min_rnn, self.settings("min_rnn"), self.hidden_size)
         if "peer" in (self.ffn_types or []):
             from trialist.models.peer.layer import check_peer
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -22,7 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from trialist.models.attention import FullAttention
-from trialist.models.configuration import DEPTHS, FEED_FORWARDS, MIXERS, RECURRENT_MIXERS, ModularDecoderConfig, resolve
+from trialist.models.configuration import DEPTHS, FEED_FORWARDS, MIXERS, STATEFUL_MIXERS, ModularDecoderConfig, resolve
 
 
 class SwiGLU(nn.Module):
@@ -43,8 +44,9 @@ class SwiGLU(nn.Module):
 class DecoderBlock(GradientCheckpointingLayer):
     """One mixer and one feed-forward, each in a residual branch; `norm_style` says where the norms stand.
 
-    A mixer is called as `mixer(x, padding_mask=, attention_mask=, position_embeddings=, position_ids=, past_key_values=)`
-    and returns a tuple whose first element is the output; a feed-forward as `ffn(x, padding_mask=)`. Both name in
+    A mixer is called as `mixer(x, padding_mask=, reset=, attention_mask=, position_embeddings=, position_ids=,
+    past_key_values=)` and returns a tuple whose first element is the output; a feed-forward as `ffn(x, padding_mask=)`. `reset`
+    is bool `(B, T)`, True at the first token of a packed document, None where a row holds one. Both name in
     `residual_output` the linear layer that writes to the residual stream, or None, and may carry
     `draw_initial_weights()` for parameters that no rule of transformers covers.
     """
@@ -81,8 +83,9 @@ class Stack(nn.ModuleList):
 
     A depth is called as `depth(x, norm=, ...)` with the arguments of the blocks, and returns the states before the final
     norm and a dict of further fields of the output. It may name further arguments of `forward` and `generate` in
-    `call_options`, ask for the head with `reads_head = True`, arrange the cache in `prepare_cache(cache, options)`, go without
-    a cache in training with `trains_without_cache = True`, and draw initial weights in `draw_weights_of(module, config)`.
+    `call_options`, ask for the head with `reads_head = True`, arrange the cache in `prepare_cache(cache, options, speculates=)`,
+    go without a cache in training with `trains_without_cache = True`, name in `scoring_arguments` what log-probabilities are
+    computed with, and draw initial weights in `draw_weights_of(module, config)`.
     """
 
     call_options: tuple[str, ...] = ()
@@ -132,7 +135,7 @@ class ModularDecoderPreTrainedModel(PreTrainedModel):
 
     @property
     def _is_stateful(self) -> bool:  # transformers then refuses assisted decoding, which takes tokens back
-        return bool(set(RECURRENT_MIXERS) & set(self.config.layer_types or []))
+        return bool(set(STATEFUL_MIXERS) & set(self.config.layer_types or []))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -167,6 +170,11 @@ class ModularDecoderModel(ModularDecoderPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @property
+    def scoring_arguments(self) -> dict[str, Any]:
+        """Further arguments of a pass that scores a text."""
+        return getattr(self.layers, "scoring_arguments", {})
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -183,6 +191,14 @@ class ModularDecoderModel(ModularDecoderPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, hidden_size)
         given = past_key_values  # with a cache, even an empty one, transformers does not look for packed documents
+        if self._is_stateful and not (attention_mask is None or _is_padding(attention_mask)):
+            raise ValueError(
+                f"attention_mask is {_in_words(attention_mask)}, which says who sees whom; a recurrent layer has seen all "
+                "that came before and takes a padding mask (B, T), packed documents go by position_ids"
+            )
+        reset = None
+        if position_ids is not None and attention_mask is None:
+            reset = self._restarts(position_ids.expand(len(x), -1), given)
         if self.training and getattr(self.layers, "trains_without_cache", False):
             use_cache = False
         if use_cache and past_key_values is None:
@@ -190,13 +206,12 @@ class ModularDecoderModel(ModularDecoderPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
-        padding_mask = None  # a single token is decoded, not padding, unless a prompt comes in chunks of one
-        several = x.shape[1] > 1 or self._is_stateful  # which only a state would remember
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and several:
+        padding_mask = None
+        if isinstance(attention_mask, Tensor) and _is_padding(attention_mask):
             padding_mask = attention_mask[:, -x.shape[1] :].bool()
         mask = None
         if isinstance(attention_mask, dict):  # `generate` builds the masks itself where it compiles the decoding step
-            mask = next(iter(attention_mask.values()))
+            mask = attention_mask["full_attention"]
         elif self.attends:
             mask = create_causal_mask(
                 config=self.config,
@@ -210,12 +225,45 @@ class ModularDecoderModel(ModularDecoderPreTrainedModel):
             norm=self.norm,
             attention_mask=mask,
             padding_mask=padding_mask,
+            reset=reset,
             position_embeddings=self.rotary_emb(x, position_ids=position_ids),
             position_ids=position_ids,
             past_key_values=past_key_values,
             **kwargs,
         )
         return ModularDecoderOutput(last_hidden_state=self.norm(x), past_key_values=past_key_values, **further)
+
+    def _restarts(self, position_ids: Tensor, cache: Cache | None) -> Tensor | None:
+        """Bool `(B, T)`, True at the first token of a document, as transformers finds them; None where no layer needs to know.
+
+        position_ids: `(B, T)` of rows without a padding mask. Raises ValueError where the cache holds what the attention
+        layers would see of another document.
+        """
+        if not self._is_stateful and (cache is None or not self.attends):
+            return None
+        starts = position_ids == 0
+        starts[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
+        if torch.compiler.is_compiling():  # which cannot look at numbers
+            return starts if self._is_stateful else None
+        continued = cache is not None and int(cache.get_seq_length()) > 0
+        if not (starts if continued else starts[:, 1:]).any():
+            return None
+        if cache is not None and self.attends:
+            raise ValueError(
+                "position_ids start a document anew, and with past_key_values the attention layers would see the one before; "
+                "pack documents without a cache, and give each a cache of its own to go on from"
+            )
+        return starts
+
+
+def _is_padding(attention_mask: object) -> bool:
+    return isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+
+
+def _in_words(attention_mask: object) -> str:
+    if isinstance(attention_mask, Tensor):
+        return f"of shape {tuple(attention_mask.shape)}"
+    return f"a {type(attention_mask).__name__}"
 
 
 class ModularDecoderForCausalLM(ModularDecoderPreTrainedModel, GenerationMixin):
@@ -279,13 +327,26 @@ class ModularDecoderForCausalLM(ModularDecoderPreTrainedModel, GenerationMixin):
         own = self.model.layers.call_options
         super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in own})
 
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        for name in self.model.layers.call_options:  # a call's own value has been written into the configuration by now
+            if hasattr(generation_config, name):
+                model_kwargs[name] = getattr(generation_config, name)
+        return generation_config, model_kwargs
+
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if cache is not None and hasattr(self.model.layers, "prepare_cache"):
-            self.model.layers.prepare_cache(cache, model_kwargs)
+            speculates = generation_mode == GenerationMode.ASSISTED_GENERATION
+            self.model.layers.prepare_cache(cache, model_kwargs, speculates=speculates)
             if getattr(generation_config, "is_assistant", False):
                 cache.activate_past_recording()
 

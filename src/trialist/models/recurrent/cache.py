@@ -40,8 +40,8 @@ class RecurrentStateLayer(CacheLayerMixin):
         self.cumulative_length = 0
 
     def store(self, state: Tensor, conv_tail: Tensor | None, tokens: int) -> None:
-        """Keep what `tokens` more tokens left."""
-        self.state, self.conv_tail = state, conv_tail
+        """Keep a copy of what `tokens` more tokens left: it may be a view, behind which all states of the pass stand."""
+        self.state, self.conv_tail = state.clone(), None if conv_tail is None else conv_tail.clone()
         self.device = state.device
         self.cumulative_length += tokens
         self.is_initialized = True
@@ -64,14 +64,7 @@ class RecurrentStateLayer(CacheLayerMixin):
         raise ValueError(NO_KEYS)
 
     def crop(self, tokens_to_remove: int) -> None:
-        tokens_to_remove = int(tokens_to_remove)  # some versions hand over a tensor
-        if tokens_to_remove > 0:  # the meaning in earlier versions of transformers: how many tokens to keep
-            tokens_to_remove = min(0, tokens_to_remove - self.cumulative_length)
-        if tokens_to_remove < 0 and self.cumulative_length > 0:
-            raise RuntimeError(
-                f"a recurrent layer cannot give back its last {-tokens_to_remove} tokens, its state has absorbed them; decode "
-                "without assistant, or start from a fresh cache"
-            )
+        refuse_crop(tokens_to_remove, self.cumulative_length)
 
     def reset(self) -> None:
         self.state = self.conv_tail = None
@@ -98,6 +91,18 @@ class RecurrentStateLayer(CacheLayerMixin):
             self.state = function(self.state)
         if self.conv_tail is not None:
             self.conv_tail = function(self.conv_tail)
+
+
+def refuse_crop(tokens_to_remove: int, held: int) -> None:
+    """Raises RuntimeError where tokens are to leave a layer of `held` tokens that cannot give any back."""
+    tokens_to_remove = int(tokens_to_remove)  # some versions hand over a tensor
+    if tokens_to_remove > 0:  # the meaning in earlier versions of transformers: how many tokens to keep
+        tokens_to_remove = min(0, tokens_to_remove - held)
+    if tokens_to_remove < 0 and held > 0:
+        raise RuntimeError(
+            f"a recurrent layer cannot give back its last {-tokens_to_remove} tokens, its state has absorbed them; decode "
+            "without assistant, or start from a fresh cache"
+        )
 
 
 NO_KEYS = "a recurrent layer keeps a state and no keys and values; store the state with `store`"

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import initialization as init
 
+from trialist.models.recurrent.checks import check_call
+
 
 class GRU(nn.Module):
     """`nn.GRU` of one layer, called as `MinGRU` without projection: output `(B, T, d_h)` and state `(B, d_h)`."""
@@ -38,21 +40,28 @@ class GRU(nn.Module):
         padding_mask: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Arguments and errors as for `MinGRU`; the output is 0 at padding."""
-        check_state(x, state, self.hidden_size)
-        inner = self.rnn.weight_hh_l0.dtype
+        """Arguments and errors as for `MinGRU`; the output is 0 at padding. Under autocast it computes in its precision."""
+        check_call(x, state, self.hidden_size, padding_mask, reset)
+        device, stored = x.device.type, self.rnn.weight_hh_l0.dtype
+        inner = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else stored
         first = x.new_zeros(x.shape[0], self.hidden_size, dtype=inner) if state is None else state.to(inner)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
+            weights = [weight.to(inner) for weight in self.rnn.all_weights[0]]
             if reset is None and (padding_mask is None or bool(padding_mask.all())):
-                output, last = self.rnn(x.to(inner), first[None])
+                output, last = torch.gru(x.to(inner), first[None], weights, *self._shape(), batch_first=True)
                 last = last[0]
             else:
-                output, last = self._by_segment(x.to(inner), first, padding_mask, reset)
-        wide = torch.float64 if inner == torch.float64 else torch.float32
+                output, last = self._by_segment(x.to(inner), first, weights, padding_mask, reset)
+        wide = torch.float64 if stored == torch.float64 else torch.float32
         return output.to(x.dtype), last.to(wide)
 
+    def _shape(self) -> tuple[bool, int, float, bool, bool]:
+        """As `torch.gru` takes it: whether there are biases, layers, dropout, whether it trains, whether it runs both ways."""
+        return self.rnn.bias, 1, 0.0, self.training, False
+
+    @torch.compiler.disable  # how many segments there are, and how long, is known from the masks only
     def _by_segment(
-        self, x: Tensor, first: Tensor, padding_mask: Tensor | None, reset: Tensor | None
+        self, x: Tensor, first: Tensor, weights: list[Tensor], padding_mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Documents, and what a row goes on with, become rows of a batch of their own: (S, L, d)."""
         tokens = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if padding_mask is None else padding_mask
@@ -71,24 +80,12 @@ class GRU(nn.Module):
         batch[segment, place] = x[tokens]
         initial = torch.where(anew[start, None], 0.0, first[row[start]])
         packed = pack_padded_sequence(batch, lengths.cpu(), batch_first=True, enforce_sorted=False)
-        states, last = self.rnn(packed, initial[None])
+        order = packed.sorted_indices
+        states, last = torch.gru(packed.data, packed.batch_sizes, initial[order][None], weights, *self._shape())
+        last = last[:, packed.unsorted_indices]
         output = x.new_zeros(*x.shape[:2], self.hidden_size)
-        output[tokens] = pad_packed_sequence(states, batch_first=True)[0][segment, place]
+        output[tokens] = pad_packed_sequence(packed._replace(data=states), batch_first=True)[0][segment, place]
         owner = row[start]
         ends = torch.ones_like(owner, dtype=torch.bool)  # the last segment of its row
         ends[:-1] = owner[1:] != owner[:-1]
         return output, first.index_put((owner[ends],), last[0][ends])
-
-
-def check_state(x: Tensor, state: Tensor | None, hidden_size: int) -> None:
-    """Raises ValueError where a recurrent layer cannot go on from `state`, or has no token to go on with."""
-    if x.dim() != 3 or x.shape[1] == 0:
-        raise ValueError(f"the input has shape {tuple(x.shape)}, wanted (B, T, d) with at least one time step")
-    if state is None:
-        return
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if state.shape != (x.shape[0], hidden_size) or state.dtype != wide:
-        raise ValueError(
-            f"state is {state.dtype} of shape {tuple(state.shape)}, wanted {wide} (B, d_h) = {(x.shape[0], hidden_size)}: "
-            "pass what an earlier call returned"
-        )

@@ -3,7 +3,7 @@
     minGRU     h[t] = (1 - z) h[t-1] + z g(W_h x[t])        z = sigmoid(W_z x[t])
     minLSTM    h[t] = f' h[t-1] + i' g(W_h x[t])            f' = f / (f + i),  i' = i / (f + i),  f, i = sigmoid(W x[t])
 
-minLSTM is minGRU with z = i', whose log-odds are log i - log f: one recurrence, `gated_scan`, computes both. g keeps states
+minLSTM is minGRU with z = i': one recurrence, `gated_scan`, computes both, with one gate or two. g keeps states
 positive, as the paper's log-space version needs them; with activation "identity" it is the paper's plain version, another
 function.
 
@@ -22,10 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from trialist.kernels.scan import ACTIVATIONS, BACKENDS, gated_scan
-from trialist.models.recurrent.gru import check_state
-
-GateBias = float | Sequence[float]
+from trialist.kernels.scan import gated_scan
+from trialist.models.recurrent.checks import GateBias, check_call, check_settings
 
 
 class MinimalRNN(nn.Module):
@@ -53,13 +51,15 @@ class MinimalRNN(nn.Module):
         backend: of `trialist.kernels.scan`. Raises ValueError for sizes and names that cannot be.
         """
         super().__init__()
+        if hidden_size is not None and expansion != 1.0:
+            raise ValueError(f"give hidden_size ({hidden_size}) or expansion ({expansion}), not both")
+        if input_size < 1 or (hidden_size is not None and hidden_size < 1):
+            raise ValueError(f"input_size {input_size} and hidden_size {hidden_size} must be at least 1")
+        check_settings(
+            input_size, expansion=expansion, activation=activation, gate_bias_init=gate_bias_init, bias=bias, backend=backend
+        )  # fmt: skip
         if hidden_size is None:
             hidden_size = round(input_size * expansion)
-        elif expansion != 1.0:
-            raise ValueError(f"give hidden_size ({hidden_size}) or expansion ({expansion}), not both")
-        if input_size < 1 or hidden_size < 1:
-            raise ValueError(f"input_size {input_size} and hidden_size {hidden_size} must be at least 1")
-        check_settings(activation=activation, gate_bias_init=gate_bias_init, bias=bias, backend=backend)
         self.input_size, self.hidden_size = input_size, hidden_size
         self.activation, self.gate_bias_init, self.backend = activation, gate_bias_init, backend
         self.in_proj = nn.Linear(input_size, self.projections * hidden_size, bias=bias)
@@ -78,18 +78,22 @@ class MinimalRNN(nn.Module):
         x: `(B, T, d)`. state: float32 (float64 for float64 x), what an earlier call returned; None is zero.
         padding_mask: bool `(B, T)`, False at padding, which leaves the state as it is.
         reset: bool `(B, T)`, True at the first token of a packed document, which starts from state zero.
-        Raises ValueError for T = 0 and for a state that does not fit.
+        Raises ValueError for T = 0, and for a state or masks that do not fit.
         """
-        check_state(x, state, self.hidden_size)
-        gate, candidate = self.gates(self.in_proj(x))
+        check_call(x, state, self.hidden_size, padding_mask, reset)
+        gate, candidate, forget = self.gates(self.in_proj(x))
         states = gated_scan(
-            gate, candidate, state, activation=self.activation, padding_mask=padding_mask, reset=reset, backend=self.backend
+            gate, candidate, state, forget=forget, activation=self.activation, padding_mask=padding_mask, reset=reset,
+            backend=self.backend,
         )  # fmt: skip
         output = states.to(x.dtype)
         return (output if self.out_proj is None else self.out_proj(output)), states[:, -1]
 
-    def gates(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-odds of taking the new state, and the candidate before its activation; both `(B, T, d_h)`."""
+    def gates(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Before their activations: the gate that takes the new state, the candidate, the gate that keeps the old state.
+
+        `(B, T, d_h)` each; without a third, what the first does not take is kept.
+        """
         raise NotImplementedError
 
     def gate_biases(self, kept: Tensor) -> Tensor:
@@ -111,9 +115,9 @@ class MinGRU(MinimalRNN):
 
     projections = 2
 
-    def gates(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+    def gates(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gate, candidate = projected.chunk(2, -1)
-        return gate, candidate
+        return gate, candidate, None
 
     def gate_biases(self, kept: Tensor) -> Tensor:
         return torch.cat([-kept, torch.zeros_like(kept)])
@@ -124,46 +128,12 @@ class MinLSTM(MinimalRNN):
 
     projections = 3
 
-    def gates(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+    def gates(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         forget, take, candidate = projected.chunk(3, -1)
-        if projected.dtype != torch.float64:
-            forget, take = forget.float(), take.float()
-        return nn.functional.logsigmoid(take) - nn.functional.logsigmoid(forget), candidate
+        return take, candidate, forget
 
     def gate_biases(self, kept: Tensor) -> Tensor:
         return torch.cat([kept, -kept, torch.zeros_like(kept)])  # log sigmoid(k) - log sigmoid(-k) = k
-
-
-def check_settings(
-    *,
-    activation: str = "g",
-    gate_bias_init: GateBias = 0.0,
-    bias: bool = True,
-    expansion: float = 1.0,
-    conv_kernel: int | None = None,
-    backend: str = "auto",
-) -> None:
-    """Raises ValueError for settings of a minimal RNN, or of the mixer around it, that cannot be."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    if backend == "log_scan" and activation != "g":
-        raise ValueError(f"backend 'log_scan' needs positive states, so activation 'g' and not {activation!r}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation {activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
-    if not expansion > 0:
-        raise ValueError(f"expansion is {expansion}; it is hidden over input width and must be above 0")
-    if conv_kernel is not None and (not isinstance(conv_kernel, int) or conv_kernel < 1):
-        raise ValueError(f"conv_kernel is {conv_kernel!r}; it must be a number of taps of at least 1, or None for none")
-    if isinstance(gate_bias_init, Sequence):
-        if len(gate_bias_init) != 2 or not 1 < gate_bias_init[0] <= gate_bias_init[1]:
-            raise ValueError(
-                f"gate_bias_init is {gate_bias_init!r}; give a number or (shortest, longest) memory in tokens, "
-                "1 < shortest <= longest"
-            )
-    elif not math.isfinite(gate_bias_init):
-        raise ValueError(f"gate_bias_init is {gate_bias_init}; it must be finite")
-    if not bias and gate_bias_init != 0:
-        raise ValueError(f"gate_bias_init {gate_bias_init!r} needs bias=True")
 
 
 def kept_log_odds(gate_bias_init: GateBias, channels: int) -> Tensor:

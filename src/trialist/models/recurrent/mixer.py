@@ -81,14 +81,13 @@ class RecurrentMixer(nn.Module):
         self,
         hidden_states: Tensor,
         padding_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        reset: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Mixed states `(B, T, hidden_size)`; documents of a packed row start where `position_ids` is 0."""
+        """Mixed states `(B, T, hidden_size)`. reset: bool `(B, T)`, True at the first token of a packed document."""
         layer = None if past_key_values is None else recurrent_layer(past_key_values, self.layer_idx)
         state, before = (None, None) if layer is None else (layer.state, layer.conv_tail)
-        reset = restarts(position_ids, len(hidden_states), continued=state is not None)
         x, tail = hidden_states, None
         if self.conv is not None:
             if padding_mask is not None:
@@ -99,19 +98,6 @@ class RecurrentMixer(nn.Module):
         if layer is not None:
             layer.store(state, tail, tokens=x.shape[1])
         return self.out_proj(output), None
-
-
-def restarts(position_ids: Tensor | None, rows: int, *, continued: bool) -> Tensor | None:
-    """Bool `(B, T)`, True at the first token of a document; None where there is none but the first of a row.
-
-    continued: whether rows have a state already, which their first token would start anew.
-    """
-    if position_ids is None:
-        return None
-    reset = (position_ids == 0).expand(rows, -1)
-    if not torch.compiler.is_compiling() and not (reset if continued else reset[:, 1:]).any():
-        return None
-    return reset
 
 
 class MinGRUMixer(RecurrentMixer):
