@@ -16,16 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trialist.analysis.registry import ANALYSES
+from trialist.cli._entries import load_entry
 from trialist.cli.main import VERBS, main
 from trialist.engine.contract import Cost, Outcome
 from trialist.engine.options import RunOptions
 from trialist.engine.records import outcome_to_json
 from trialist.engine.registry import load_path, load_trial
+from trialist.weights.transforms import TRANSFORMS
 
 SECONDS = 60
 """A case that takes longer hangs"""
 TRAINS = ("train", "eval", "generate", "serve", "search", "apply", "analyze")
 """Verbs whose work is done in this process and cannot be cut: only their parsing is tried"""
+ENTRIES = {
+    "apply": {name: TRANSFORMS[name] for name in ("selective-attention", "prune-context")},
+    "analyze": {name: ANALYSES[name] for name in ("context-memory",)},
+}
+"""Of them, those that read a model first, which none of the junk is"""
 TRIALS = ("coins", "dice", "selective-attention", "selective-recall")
 JUNK = (
     "", " ", "0", "-1", "1", "3", "2.5", "-0.5", "1e400", "-1e400", "nan", "inf", "9" * 40, "1e-320", "0x10", "1_000",
@@ -154,7 +162,7 @@ def furnish(folder: Path) -> None:
 
 def option_set(chance: random.Random) -> list[str]:
     """A command line of which some part is usually wrong."""
-    verbs = [verb for verb in VERBS if verb not in TRAINS]
+    verbs = [verb for verb in VERBS if verb not in TRAINS or verb in ENTRIES]
     kind = chance.random()
     if kind < 0.04:
         return [chance.choice(NO_NUL) for _ in range(chance.randrange(4))]
@@ -219,12 +227,24 @@ def of_stored(chance: random.Random, verb: str) -> list[str]:
     return arguments
 
 
+def of_entry(chance: random.Random, verb: str) -> list[str]:
+    name = chance.choice(list(ENTRIES[verb]))
+    fields = {field.name: str(field.type) for field in dataclasses.fields(load_entry(ENTRIES[verb][name]))}
+    arguments = [typo(chance, name) if chance.random() < 0.05 else name]
+    for field in dict.fromkeys(("model", "data", "output", *some(chance, list(fields), 5))):
+        if chance.random() < 0.95:
+            flag = "--" + field.replace("_", "-")
+            value = fitting(chance, fields[field]) if chance.random() < 0.5 else chance.choice(NO_NUL)
+            arguments += [flag] if "bool" in fields[field] else [flag, value]
+    return arguments
+
+
 def plain(chance: random.Random, verb: str) -> list[str]:
     return list(some(chance, NO_NUL, 3))
 
 
 ARGUMENTS: dict[str, Callable[[random.Random, str], list[str]]] = {
-    "run": of_trial, "plan": of_trial,
+    "run": of_trial, "plan": of_trial, **dict.fromkeys(ENTRIES, of_entry),
     **dict.fromkeys(("runs", "report", "verify", "export", "evidence", "compare", "assets", "list", "show"), of_stored),
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trialist.data.recall import RecallBatches, RecallVocabulary, copying, variable_assignment
+from trialist.data.recall import RecallBatches, RecallVocabulary, chance_answers, copying, variable_assignment
 
 SMALL = RecallVocabulary(variables=3, values=5)
 
@@ -48,6 +48,18 @@ def test_a_copy_repeats_the_values_and_alone_is_scored():
     assert torch.all((ids[:, 1:5] >= 3) & (ids[:, 1:5] < 8))
     assert torch.all(batch["labels"][:, :6] == -100)
     assert torch.equal(batch["labels"][:, 6:], ids[:, 6:])
+
+
+def test_answers_by_chance_tell_nothing_of_what_was_assigned():
+    batch = chance_answers(6_000, 5, generator=draw(), vocabulary=SMALL)
+    assert batch["input_ids"].shape == (6_000, 13)
+    assert torch.all(batch["labels"][:, :-1] == -100)
+    assert torch.equal(batch["labels"][:, -1], batch["input_ids"][:, -1])
+    assigned = variable_assignment(6_000, 5, generator=draw(), vocabulary=SMALL)["input_ids"]
+    assert torch.equal(batch["input_ids"][:, :-1], assigned[:, :-1])
+    assert abs(float((batch["input_ids"][:, -1] == assigned[:, -1]).float().mean()) - 1 / 5) < 0.03  # s.e. 0.005
+    shares = torch.bincount(batch["input_ids"][:, -1] - 3, minlength=5) / 6_000
+    assert torch.all((shares - 1 / 5).abs() < 0.03)
 
 
 def test_batches_are_a_function_of_seed_and_step_and_cover_the_lengths():

@@ -1,7 +1,8 @@
-"""Generated recall tasks: variable assignment with overwrites, and plain copying as its negative control.
+"""Generated recall tasks: variable assignment with overwrites, and its negative controls, plain copying and chance answers.
 
 Variable assignment is a motivating task of selective attention (arXiv:2410.02703): only the last value of a variable
-counts, so a model that can ignore overwritten pairs generalises to longer sequences. In copying nothing is overwritten.
+counts, so a model that can ignore overwritten pairs generalises to longer sequences. In copying nothing is overwritten; where
+answers are drawn by chance, nothing that was assigned helps.
 """
 
 # B rows, n pairs, T tokens
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from trialist.data.packing import IGNORED
 
-Task = Literal["assignment", "copying"]
+Task = Literal["assignment", "copying", "chance"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,15 @@ def copying(
     return _batch(tokens, first_answer=pairs + 2)
 
 
+def chance_answers(
+    rows: int, pairs: int, *, generator: np.random.Generator, vocabulary: RecallVocabulary = VOCABULARY
+) -> dict[str, Tensor]:
+    """Variable assignment whose answer is any value, whatever was assigned: `input_ids` and `labels` (B, 2n + 3)."""
+    tokens = variable_assignment(rows, pairs, generator=generator, vocabulary=vocabulary)["input_ids"].numpy()
+    tokens[:, -1] = vocabulary.variables + generator.integers(vocabulary.values, size=rows)
+    return _batch(tokens, first_answer=2 * pairs + 2)
+
+
 @dataclass(frozen=True)
 class RecallBatches:
     """The batch at a step, a function of seed and step alone; the number of pairs is drawn anew each step.
@@ -110,7 +120,7 @@ class RecallBatches:
         return TASKS[self.task](self.batch_size, pairs, generator=generator, vocabulary=self.vocabulary)
 
 
-TASKS = {"assignment": variable_assignment, "copying": copying}
+TASKS = {"assignment": variable_assignment, "copying": copying, "chance": chance_answers}
 
 
 def _batch(tokens: np.ndarray, first_answer: int) -> dict[str, Tensor]:

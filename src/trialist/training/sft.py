@@ -45,8 +45,15 @@ class SupervisedFineTuning(Recipe):
     """Leave longer examples out instead"""
     packing: bool = True
     """Several examples in a row, apart from each other; padding otherwise. The training is the same, only slower"""
+    memory_price: float = 0.0
+    """Price of remembering the whole context, in nats a token: makes selective attention forget what it can do without"""
 
     RATES: ClassVar = (2e-5, 2e-4)
+    SHOWN: ClassVar = {"memory": "share of context kept", "eval_memory": "validation share of context kept"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_not_negative("memory_price")
 
     def train(self, work: Work) -> Mapping[str, Any]:
         import torch
@@ -54,7 +61,8 @@ class SupervisedFineTuning(Recipe):
         from trialist.data.collation import pack_rows
         from trialist.models.documents import keeps_documents_apart
         from trialist.models.loading import load_model
-        from trialist.objectives.cross_entropy import CrossEntropy
+        from trialist.models.selective_attention.memory import selective_modules
+        from trialist.objectives.memory_loss import MemoryLoss
         from trialist.training.trainer import ObjectiveTrainer
 
         train, validation = self._examples(work)
@@ -65,6 +73,11 @@ class SupervisedFineTuning(Recipe):
             work.say(f"note: {note}")
         model = load_model(self.model, dtype=self.weights_dtype)
         self.check_vocabulary(model, max(int(row["input_ids"].max()) for row in train.rows))
+        if self.memory_price and not selective_modules(model):
+            raise ValueError(
+                f"--memory-price {self.memory_price}: {self.model} has no selective attention, so nothing of its context is ever "
+                "forgotten; give it some with `trialist apply selective-attention`, or leave the price 0"
+            )
         packing = self.packing
         if packing:
             with torch.no_grad():
@@ -77,14 +90,15 @@ class SupervisedFineTuning(Recipe):
         trainer = ObjectiveTrainer(
             trained,
             self.arguments(work, self.total_steps(len(train)), bool(len(validation))),
-            objective=CrossEntropy(),
+            objective=MemoryLoss(epsilon=self.memory_price),
             data_collator=pack_rows if packing else None,
             train_dataset=train.rows,
             eval_dataset=validation.rows if len(validation) else None,
             processing_class=work.tokenizer,
             optimizers=self.optimizers(trained),
         )
-        return self.run(work, trainer, {"examples": len(train), "tokens": train.tokens}, {"eval_loss": "loss"})
+        validated = {"eval_loss": "loss", **({"eval_memory": "share of context kept"} if self.memory_price else {})}
+        return self.run(work, trainer, {"examples": len(train), "tokens": train.tokens}, validated)
 
     def _examples(self, work: Work) -> tuple[Examples, Examples]:
         """What is trained on and what is held out."""
