@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 
 from trialist.kernels.expert_lookup import expert_lookup
 from trialist.models import PEER, flops_per_token
-from trialist.models.peer.layer import second_moment, shell_id, shell_pair
+from trialist.models.configuration import SETTINGS
+from trialist.models.peer.layer import check_peer, second_moment, shell_id, shell_pair
 from trialist.optimizers import adamw
 
 SMALL = {"hidden_size": 12, "num_experts": 49, "num_heads": 3, "top_k": 4, "key_dim": 6}
@@ -148,7 +150,7 @@ def test_what_stands_at_padding_never_matters(training: bool) -> None:
 
 def test_query_heads_share_keys_and_experts() -> None:
     names = {name: tuple(p.shape) for name, p in layer(glu=True, generations=[2, 7]).named_parameters()}
-    assert names["keys.0"], names["keys.1"] == ((2, 2, 3), (2, 5, 3))
+    assert (names["keys.0"], names["keys.1"]) == ((2, 2, 3), (2, 5, 3))
     assert all(names[f"{table}.0"] == (4, 12) and names[f"{table}.1"] == (45, 12) for table in ("down", "up", "gate"))
     assert names["query_proj.weight"] == (18, 12)
 
@@ -227,6 +229,10 @@ def test_sparse_and_dense_gradients_are_the_same() -> None:
         ({"key_dim": 7}, "key_dim is 7; it must be even"),
         ({"top_k": 50}, "top_k is 50, but there are only 49 experts"),
         ({"top_k": 0}, "top_k is 0"),
+        ({"top_k": 2.5}, "top_k is 2.5; it must be an int"),
+        ({"num_experts": 49.0}, "num_experts is 49.0; it must be an int"),
+        ({"key_dim": 6.0}, "key_dim is 6.0; it must be even"),
+        ({"generations": [3.0, 7]}, "growing sides"),
         ({"num_heads": 0}, "num_heads is 0"),
         ({"top_k": 1}, "softmax over top_k=1 score is always 1"),
         ({"score": "tanh"}, "softmax, sigmoid, relu"),
@@ -250,6 +256,47 @@ def test_input_that_is_not_a_number_is_refused_in_words() -> None:
         layer().eval()(x)
 
 
-def test_a_mask_of_another_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match="does not fit x"):
-        layer()(torch.randn(2, 5, 12), torch.ones(2, 4, dtype=torch.bool))
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("content", [torch.nan, torch.inf])
+def test_padding_may_hold_what_is_no_number(training: bool, content: float) -> None:
+    mask = torch.tensor([[True] * 6, [False, False, True, True, True, True]])
+    x, found = torch.randn(2, 6, 12), []
+    for filling in (0.0, content):
+        peer, given = layer().train(training), torch.where(mask[..., None], x, filling).requires_grad_()
+        y = peer(given, mask)
+        y[mask].square().sum().backward()
+        found.append([y[mask], given.grad, *(p.grad for p in peer.parameters()), *peer.buffers()])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (0, 12), (2, 0, 12), (2, 3, 5, 12)])
+def test_any_number_of_leading_dimensions_will_do(shape: tuple[int, ...]) -> None:
+    peer, x = layer().eval(), torch.randn(shape)
+    expected = [peer(token[None])[0] for token in x.reshape(-1, 12)]
+    torch.testing.assert_close(peer(x), torch.stack(expected).view(shape) if expected else torch.empty(shape))
+
+
+def test_input_of_another_width_is_refused() -> None:
+    for x in (torch.randn(2, 5, 24), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"wanted \(..., 12\)"):
+            layer()(x)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [torch.ones(2, 4, dtype=torch.bool), torch.ones(5, 2, dtype=torch.bool), torch.ones(2, 5, dtype=torch.long)],
+    ids=["other length", "transposed", "integers"],
+)
+def test_a_mask_that_does_not_fit_is_refused(mask: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"does not fit x \(2, 5, 12\): wanted \(2, 5\) of torch.bool"):
+        layer()(torch.randn(2, 5, 12), mask)
+
+
+def test_layer_check_and_configuration_know_the_same_settings_with_the_same_defaults() -> None:
+    def defaults(function) -> dict:
+        return {name: p.default for name, p in inspect.signature(function).parameters.items()}
+
+    known = {name: value for name, value in defaults(PEER).items() if name not in ("hidden_size", "output_std")}
+    assert defaults(check_peer) == known
+    assert SETTINGS["peer"] == known
+    assert set(PEER(**SMALL).settings) == set(known)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +19,7 @@ from trialist.models import (
     load_model,
     peer_metrics,
     selected_logprobs,
+    swap_ffn,
 )
 from trialist.optimizers import adamw
 
@@ -100,6 +101,25 @@ def test_nothing_grows_where_one_layer_cannot(peer_decoder) -> None:
     assert model.model.layers[0].ffn.side == 7
 
 
+def test_layers_that_grew_apart_are_not_grown_together(peer_decoder) -> None:
+    model = peer_decoder(ffn_types=["peer", "peer"])
+    model.model.layers[0].ffn.grow(8)
+    with pytest.raises(
+        ValueError, match=r"layers.0.ffn grew through the sides \[7, 8\] and model.layers.1.ffn through"
+    ):
+        grow_experts(model, 9)
+    assert [block.ffn.side for block in model.model.layers] == [8, 7]
+
+
+def test_layers_that_are_recorded_apart_keep_a_growth_of_their_own(peer_decoder, padded, tmp_path) -> None:
+    model = swap_ffn(peer_decoder("full_attention", "full_attention"), [1], **{**SETTINGS, "num_experts": 64})
+    grow_experts(model, 9)
+    assert model.config.peer["generations"] == [7, 9]
+    assert model.config.swapped_ffn["settings"]["generations"] == [8, 9]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_model(str(tmp_path))(padded[0]).logits, model.eval()(padded[0]).logits)
+
+
 def test_gradient_checkpointing_changes_no_gradient_and_no_statistic(peer_decoder, padded) -> None:
     ids, mask = padded
     found = []
@@ -124,6 +144,18 @@ def test_lora_adapts_the_query_projection_and_no_table(peer_decoder, padded) -> 
     assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad)
 
 
+def test_an_adapter_is_loaded_to_the_model_that_was_trained(peer_decoder, padded, tmp_path) -> None:
+    (ids, mask), lora = padded, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(peer_decoder(), lora).train()
+    for _ in range(3):
+        model(input_ids=ids, attention_mask=mask)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(peer_decoder(), tmp_path)
+    assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, peer_decoder()(ids).logits)
+
+
 def test_bfloat16_autocast_gives_finite_loss_and_gradients(peer_decoder, padded) -> None:
     model = peer_decoder().train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -145,6 +177,26 @@ def test_a_new_layer_starts_as_large_as_the_swiglu_it_replaces() -> None:
             initialize_(model, 0)
             outputs.append(model.model.layers[1].ffn(torch.randn(2000, 64)).std().item())
         assert outputs[1] == pytest.approx(outputs[0], rel=0.12)
+
+
+@pytest.mark.parametrize("initialization", ["default", "takase"])
+@pytest.mark.parametrize("mean_recurrence", [1, 32])
+def test_in_the_loop_a_new_layer_starts_as_large_as_the_swiglu_it_replaces(
+    initialization: str, mean_recurrence: int
+) -> None:
+    outputs = []
+    for kind in ("swiglu", "peer"):
+        config = ModularDecoderConfig(
+            vocab_size=11, hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=2,
+            ffn_types=["swiglu", kind, "swiglu"], peer={"num_experts": 1024, "num_heads": 4, "top_k": 8, "key_dim": 16},
+            depth="recurrent", recurrent={"prelude_layers": 1, "core_layers": 1, "coda_layers": 1,
+                                          "mean_recurrence": mean_recurrence, "initialization": initialization},
+        )  # fmt: skip
+        model = ModularDecoderForCausalLM(config)
+        initialize_(model, 0)
+        x = torch.randn(2000, 64, generator=torch.Generator().manual_seed(1))
+        outputs.append(model.model.layers.core.blocks[0].ffn.eval()(x).std().item())
+    assert outputs[1] == pytest.approx(outputs[0], rel=0.12)
 
 
 def test_an_arm_with_experts_keeps_the_initial_values_of_all_other_parameters() -> None:

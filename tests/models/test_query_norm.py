@@ -57,10 +57,43 @@ def test_a_single_token_is_normed_by_the_running_statistics_which_stay(masked: b
     torch.testing.assert_close(training, norm.eval()(x, mask))
 
 
+@pytest.mark.parametrize("first", ["one token", "evaluation", "frozen"])
+@pytest.mark.parametrize("turned", [False, True], ids=["before", "after"])
+def test_a_pass_by_running_statistics_beside_a_training_pass_has_the_gradients_of_each_alone(
+    first: str, turned: bool
+) -> None:
+    inputs = torch.randn(1 if first == "one token" else 7, 12), torch.randn(11, 12)
+    found = []
+    for together in (True, False):
+        norm, by_running, by_batch = batch_norm(), *(x.clone().requires_grad_() for x in inputs)
+        losses = []
+        for training in (True, False) if turned else (False, True):
+            norm.train(training or first != "evaluation").requires_grad_(training or first != "frozen")
+            losses.append((norm(by_batch if training else by_running).square()).sum())
+            if not together:
+                losses.pop().backward()
+        if together:
+            sum(losses).backward()
+        found.append([by_running.grad, by_batch.grad])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.slow
+def test_a_compiled_norm_inside_checkpointing_counts_a_batch_once() -> None:
+    x, found = torch.randn(11, 12), []
+    for compiled in (False, True):
+        norm, inputs = batch_norm(), x.clone().requires_grad_()
+        if compiled:
+            norm.compile(backend="aot_eager")
+        checkpoint(norm, inputs, use_reentrant=False).square().sum().backward()
+        found.append([inputs.grad, norm.running_mean, norm.running_var])
+    torch.testing.assert_close(*found)
+
+
 def test_frozen_it_is_what_it_is_in_evaluation() -> None:
     norm, x = batch_norm(), torch.randn(7, 12)
     norm(torch.randn(30, 12) * 3 + 1)
-    norm.frozen = True
+    norm.requires_grad_(False)
     kept = norm.running_var.clone()
     training = norm(x)
     assert torch.equal(norm.running_var, kept)

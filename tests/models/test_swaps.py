@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,31 +9,22 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.models.conftest import GREEDY, SIZES
-from trialist.models import grow_experts, load_model, model_digest, peer_metrics, selected_logprobs, swap_ffn
+from tests.models.conftest import EXPERTS, GREEDY, SIZES, swapped_layers
+from trialist.models import (
+    PEER,
+    grow_experts,
+    initialize_,
+    load_model,
+    model_digest,
+    peer_metrics,
+    selected_logprobs,
+    swap_ffn,
+    to_recurrent,
+)
 from trialist.models.swaps import SwappedPEER
 
-SETTINGS = {"num_experts": 49, "num_heads": 3, "top_k": 4, "key_dim": 6}
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "smollm3", "gpt2", "gptneox"]
 families = pytest.mark.parametrize("name", FAMILIES)
-
-
-@pytest.fixture
-def swapped(family):
-    def build(name: str = "llama", layers=(1,), **settings):
-        model = family(name)
-        torch.manual_seed(3)
-        swap_ffn(model, layers, "peer", **{**SETTINGS, **settings})
-        for module in model.modules():
-            if isinstance(module, SwappedPEER):
-                module.query_norm.running_mean.normal_()  # as after training
-        return model.eval()
-
-    return build
-
-
-def layers_of(model) -> list[SwappedPEER]:
-    return [module for module in model.modules() if isinstance(module, SwappedPEER)]
 
 
 @families
@@ -40,13 +32,13 @@ def test_the_feed_forward_of_the_named_layer_alone_is_replaced(family, padded, n
     model = family(name)
     before = {key for key in model.state_dict() if ".1." in key}
     untouched = {key: value.clone() for key, value in model.state_dict().items() if ".0." in key}
-    swap_ffn(model, [1], **SETTINGS)
+    swap_ffn(model, [1], **EXPERTS)
     after = model.state_dict()
     gone = before - set(after)
     assert len(gone) in (2, 3, 4)
     assert all("mlp" in key for key in gone)
     assert all(torch.equal(after[key], value) for key, value in untouched.items())
-    assert len(layers_of(model)) == 1
+    assert len(swapped_layers(model)) == 1
     assert torch.isfinite(model(padded[0]).logits).all()
 
 
@@ -77,7 +69,7 @@ def test_padding_reaches_the_layer_in_training_also_when_it_is_recomputed(
         loss = model(tokens, attention_mask=mask, labels=labels).loss
         model(tokens[:1])  # a pass in between, without padding, must not be what is recomputed
         loss.backward()
-        layer = layers_of(model)[0]
+        layer = swapped_layers(model)[0]
         found.append([loss, layer.query_proj.weight.grad, layer.up[0].grad])
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
@@ -90,7 +82,7 @@ def test_checkpointing_changes_no_gradient_and_no_statistic(swapped, padded) -> 
         if checkpointing:
             model.gradient_checkpointing_enable()
         model(ids, attention_mask=mask, labels=ids).loss.backward()
-        found.append([*(p.grad for p in model.parameters()), *layers_of(model)[0].buffers()])
+        found.append([*(p.grad for p in model.parameters()), *swapped_layers(model)[0].buffers()])
     torch.testing.assert_close(*found)
 
 
@@ -113,10 +105,10 @@ def test_a_grown_model_is_loaded_with_its_generations(swapped, padded, tmp_path)
     model = swapped(layers=(0, 1))
     grow_experts(model, 9)
     with torch.no_grad():
-        layers_of(model)[0].up[1].normal_()
+        swapped_layers(model)[0].up[1].normal_()
     model.save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path), dtype="auto")
-    assert [layer.sides for layer in layers_of(loaded)] == [[7, 9], [7, 9]]
+    assert [layer.sides for layer in swapped_layers(loaded)] == [[7, 9], [7, 9]]
     assert torch.equal(loaded(padded[0]).logits, model(padded[0]).logits)
 
 
@@ -139,19 +131,9 @@ def test_the_new_layer_starts_as_large_as_the_old_one(family) -> None:
 
 def test_precision_and_mode_of_the_old_layer_are_kept(family) -> None:
     model = family("llama").to(torch.bfloat16).train()
-    swap_ffn(model, [0], **SETTINGS)
-    assert {p.dtype for p in layers_of(model)[0].parameters()} == {torch.bfloat16}
-    assert layers_of(model)[0].training
-
-
-def test_adapters_leave_the_tables_alone_and_train(swapped, padded) -> None:
-    model = get_peft_model(swapped(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    assert {n for n in model.base_model.targeted_module_names if "layers.1.mlp" in n} == {
-        "model.layers.1.mlp.query_proj"
-    }
-    ids, mask = padded
-    model.train()(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad)
+    swap_ffn(model, [0], **EXPERTS)
+    assert {p.dtype for p in swapped_layers(model)[0].parameters()} == {torch.bfloat16}
+    assert swapped_layers(model)[0].training
 
 
 def test_scores_and_metrics_of_a_padded_batch_leave_padding_out(swapped, padded) -> None:
@@ -168,7 +150,7 @@ def test_copies_of_a_swapped_model_are_independent(swapped, padded) -> None:
     twin = copy.deepcopy(model)
     expected = model(padded[0], attention_mask=padded[1]).logits
     with torch.no_grad():
-        layers_of(model)[0].up[0].zero_()
+        swapped_layers(model)[0].up[0].zero_()
     assert torch.equal(twin(padded[0], attention_mask=padded[1]).logits, expected)
 
 
@@ -177,15 +159,18 @@ def test_layers_that_cannot_be_swapped_are_refused_and_nothing_is_changed(family
     before = set(model.state_dict())
     for layers in ([], [2], [-1], [1, 1]):
         with pytest.raises(ValueError, match="0 to 1"):
-            swap_ffn(model, layers, **SETTINGS)
+            swap_ffn(model, layers, **EXPERTS)
+    for layers in (1, "1", [1.0], None):
+        with pytest.raises(ValueError, match=r"give a list of layers, as \[1\]"):
+            swap_ffn(model, layers, **EXPERTS)
     with pytest.raises(ValueError, match="num_experts is 50"):
-        swap_ffn(model, [0, 1], **{**SETTINGS, "num_experts": 50})
+        swap_ffn(model, [0, 1], **{**EXPERTS, "num_experts": 50})
     with pytest.raises(ValueError, match="swapped to peer, not 'moe'"):
         swap_ffn(model, [0], "moe")
     assert set(model.state_dict()) == before
-    swap_ffn(model, [0], **SETTINGS)
+    swap_ffn(model, [0], **EXPERTS)
     with pytest.raises(ValueError, match=r"layers \[0\] were swapped already"):
-        swap_ffn(model, [1], **SETTINGS)
+        swap_ffn(model, [1], **EXPERTS)
 
 
 def test_models_without_a_dense_feed_forward_are_refused_in_words(family) -> None:
@@ -194,21 +179,140 @@ def test_models_without_a_dense_feed_forward_are_refused_in_words(family) -> Non
     with pytest.raises(
         ValueError, match=r"layer 0 of MixtralForCausalLM has 0 parts.*mixtures of experts cannot be swapped"
     ):
-        swap_ffn(mixture, [0], **SETTINGS)
+        swap_ffn(mixture, [0], **EXPERTS)
     seq2seq = transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     )
     with pytest.raises(ValueError, match="is an encoder-decoder"):
-        swap_ffn(seq2seq, [0], **SETTINGS)
+        swap_ffn(seq2seq, [0], **EXPERTS)
     adapted = get_peft_model(family("llama"), LoraConfig(r=2, target_modules="all-linear"))
     with pytest.raises(ValueError, match="swap before wrapping"):
-        swap_ffn(adapted, [0], **SETTINGS)
+        swap_ffn(adapted, [0], **EXPERTS)
 
 
-@pytest.mark.parametrize("kind", ["Gemma2", "Mistral", "Phi3", "Olmo2", "StableLm"])
-def test_further_families_are_recognised_by_structure(kind: str, padded) -> None:
-    config = getattr(transformers, f"{kind}Config")(**SIZES)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    swap_ffn(model, [0, 1], **SETTINGS)
+FURTHER = [
+    "Apertus", "Arcee", "BitNet", "Cohere", "Cohere2", "Ernie4_5", "Exaone4", "Gemma2", "Gemma3Text", "Glm", "Glm4",
+    "GPTBigCode", "Granite", "Helium", "HunYuanDenseV1", "Lfm2", "Ministral", "Mistral", "Nemotron", "Olmo", "Olmo2", "Olmo3",
+    "Persimmon", "Phi", "Phi3", "StableLm", "Starcoder2", "VaultGemma",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FURTHER)
+def test_further_families_are_recognised_by_structure_and_what_stands_at_padding_changes_no_loss(
+    kind: str, padded
+) -> None:
+    if not hasattr(transformers, f"{kind}Config"):
+        pytest.skip(f"this transformers has no {kind}")
     ids, mask = padded
-    assert torch.isfinite(model(ids, attention_mask=mask).logits[mask.bool()]).all()
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[1, 4] = -100  # the first real token of this row is predicted from padding
+    losses = []
+    for content in (0, 9):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**SIZES))
+        swap_ffn(model, [0, 1], **EXPERTS)
+        for module in model.train().modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        losses.append(model(torch.where(mask.bool(), ids, content), attention_mask=mask, labels=labels).loss.item())
+        assert all(layer.query_norm.running_mean.any() for layer in swapped_layers(model))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+class ClosedLayer(transformers.models.llama.modeling_llama.LlamaDecoderLayer):
+    """A layer as of a model that keeps further arguments for itself."""
+
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+        return super().forward(hidden_states, attention_mask, position_embeddings=position_embeddings)
+
+
+class ClosedModel(transformers.LlamaModel):
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        return super().forward(input_ids, attention_mask, use_cache=kwargs.get("use_cache"))
+
+
+def test_a_model_that_keeps_arguments_from_its_layers_is_refused_and_unchanged(family, padded) -> None:
+    model = family("llama").train()
+    model.model.__class__ = ClosedModel
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not pass arguments on to its layers"):
+        swap_ffn(model, [1], **EXPERTS)
+    assert [type(module) for module in model.modules()] == kinds
+    assert not model.model._forward_pre_hooks
+    assert all(module.training for module in model.modules())
+    assert not hasattr(model.config, "swapped_ffn")
+
+
+def test_a_layer_that_keeps_further_arguments_for_itself_is_given_the_mask(family, padded) -> None:
+    model = family("llama")
+    for layer in model.model.layers:
+        layer.__class__ = ClosedLayer
+    swap_ffn(model, [1], **EXPERTS)
+    ids, mask = padded
+    seen = []
+    swapped_layers(model)[0].query_norm.register_forward_pre_hook(lambda norm, args: seen.append(args[1]))
+    model(ids, attention_mask=mask)
+    assert torch.equal(seen[0].view(3, 11), mask.bool())
+
+
+def test_initialize_draws_swapped_layers_by_their_own_rule(family) -> None:
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = swap_ffn(family("llama"), [1], output_std=0.3, **EXPERTS)
+        initialize_(model, 5)
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    weight = states[0]["model.layers.1.mlp.query_proj.weight"]
+    assert weight.abs().max() <= (6 / (24 + 18)) ** 0.5  # Xavier
+    assert weight.std().item() == pytest.approx((2 / (24 + 18)) ** 0.5, rel=0.1)
+
+
+def test_a_loaded_model_is_drawn_anew_as_the_one_that_was_saved(swapped, tmp_path) -> None:
+    model = swapped(layers=(0, 1))
+    model.save_pretrained(tmp_path)
+    drawn = []
+    for one in (model, load_model(str(tmp_path))):
+        initialize_(one, 5)
+        drawn.append(one.state_dict())
+    torch.testing.assert_close(*drawn)
+
+
+def test_a_parameter_that_no_rule_draws_is_named_and_kept(family) -> None:
+    model = family("llama")
+    model.model.layers[1].own = torch.nn.Linear(24, 5)
+    model.model.layers[1].own.scale = torch.nn.Parameter(torch.full((3,), 7.0))
+    with pytest.raises(ValueError, match=r"no rule of LlamaForCausalLM draws model.layers.1.own.scale"):
+        initialize_(model, 0)
+    assert torch.equal(model.model.layers[1].own.scale, torch.full((3,), 7.0))
+
+
+def test_recurrent_depth_is_made_before_the_swap(family, padded, tmp_path) -> None:
+    model = family("llama", num_hidden_layers=4)
+    recurrent = swap_ffn(to_recurrent(model, 1, 2, 1, mean_recurrence=3), [2], **EXPERTS)
+    assert type(recurrent.model.layers.core.blocks[1].ffn) is SwappedPEER
+    recurrent.save_pretrained(tmp_path)
+    given = {"input_ids": padded[0], "attention_mask": padded[1]}
+    assert torch.equal(load_model(str(tmp_path))(**given).logits, recurrent(**given).logits)
+    with pytest.raises(ValueError, match=r"layers \[1\] of LlamaForCausalLM were swapped; call to_recurrent first"):
+        to_recurrent(swap_ffn(model, [1], **EXPERTS), 1, 2, 1)
+
+
+def test_a_model_that_was_loaded_without_its_swapped_layers_says_so(swapped, tmp_path) -> None:
+    swapped().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layers \[1\] were swapped, and they are dense.*load_model"):
+        swap_ffn(AutoModelForCausalLM.from_pretrained(tmp_path), [1], **EXPERTS)
+
+
+def test_all_settings_of_the_new_layers_are_recorded(swapped) -> None:
+    recorded = swapped(layers=(0, 1)).config.swapped_ffn
+    assert recorded["settings"] == PEER(24, **EXPERTS).settings
+    assert len(recorded["output_std"]) == 2
+
+
+def test_a_swapped_model_is_pickled(swapped, padded) -> None:
+    model = swapped()
+    again = pickle.loads(pickle.dumps(model))
+    given = {"input_ids": padded[0], "attention_mask": padded[1]}
+    assert torch.equal(again(**given).logits, model(**given).logits)
+    assert [type(block) for block in again.model.layers] == [type(block) for block in model.model.layers]

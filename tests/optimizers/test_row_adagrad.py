@@ -52,6 +52,31 @@ def test_it_keeps_one_number_a_row_and_its_state_can_be_resumed() -> None:
     assert torch.equal(table, twin)
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_bfloat16_tables_resume_to_the_bit_with_float32_accumulators(sparse: bool) -> None:
+    """Accumulators of three digits would stand still: 1000 + 1/3 is 1000 in bfloat16."""
+
+    def step(table: torch.nn.Parameter, optimizer: RowAdagrad, values: torch.Tensor) -> None:
+        rows = torch.tensor([[1, 4]])
+        gradient = torch.sparse_coo_tensor(rows, values.bfloat16(), (7, 3), check_invariants=True)
+        table.grad = gradient if sparse else gradient.to_dense()
+        optimizer.step()
+
+    table = torch.nn.Parameter(torch.randn(7, 3).bfloat16())
+    optimizer = RowAdagrad([table], lr=0.1)
+    step(table, optimizer, torch.full((2, 3), 1000.0**0.5))
+    twin = torch.nn.Parameter(table.detach().clone())
+    resumed = RowAdagrad([twin], lr=0.1)
+    resumed.load_state_dict(optimizer.state_dict())
+    for _ in range(2):
+        for parameter, optim in ((table, optimizer), (twin, resumed)):
+            step(parameter, optim, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+    assert torch.equal(table, twin)
+    assert resumed.state[twin]["sum"].dtype == torch.float32
+    assert torch.equal(resumed.state[twin]["sum"], optimizer.state[table]["sum"])
+    assert resumed.state[twin]["sum"][1] > 1000.5
+
+
 def test_it_trains_the_tables_of_a_layer_with_sparse_gradients() -> None:
     torch.manual_seed(0)
     peer = PEER(8, 64, 2, 4, 8, sparse_grad=True)

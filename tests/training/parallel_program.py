@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 -m tests.training.parallel_program FOLDER ddp,fsdp S
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -27,6 +28,7 @@ from transformers import TrainerCallback
 from tests.training.conftest import VOCABULARY, tiny_llama
 from trialist.models.configuration import ModularDecoderConfig
 from trialist.models.decoder import ModularDecoderForCausalLM
+from trialist.models.peer.feed_forward import grow_experts
 from trialist.objectives import CrossEntropy
 from trialist.optimizers import adamw
 from trialist.training import checkpoints, fit, parallel
@@ -320,7 +322,76 @@ def killed(kind, folder):
     yield "resumed", [resumed[2].resumed_at, bits(*resumed) == bits(*train(kind, **given))]
 
 
-SECTIONS = {section.__name__: section for section in (trajectories, odd, resuming, decisions, errors, killed)}
+def expert_decoder(query_norm="batchnorm", prepare=None):
+    """The last feed-forward is a PEER layer; `prepare` changes the model before it is trained."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_experts": 49, "num_heads": 2, "top_k": 3, "key_dim": 6, "query_norm": query_norm}
+    model = ModularDecoderForCausalLM(
+        ModularDecoderConfig(vocab_size=VOCABULARY, ffn_types=["swiglu", "peer"], peer=experts, **sizes)
+    )
+    if prepare is not None:
+        prepare(model)
+    return model
+
+
+def freeze_and_grow(model):
+    model.model.layers[1].ffn.freeze("experts+keys")
+    grow_experts(model, 9, torch.Generator().manual_seed(1))
+
+
+EXPERTS = {
+    "batchnorm": expert_decoder,
+    "frozen and grown": functools.partial(expert_decoder, prepare=freeze_and_grow),
+    "sync_batchnorm": functools.partial(expert_decoder, "sync_batchnorm"),
+}
+
+
+def train_experts(kind, build, data=batches, accumulate=4):
+    """Losses, what the running statistics of the queries came to, and whether what was frozen is as it was."""
+    model = build()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    if kind == "fsdp":
+        shard_model(model)
+    frozen = [not parameter.requires_grad for parameter in model.parameters()]
+    result = fit(
+        model, data, CrossEntropy(), adamw(model, 3e-3), "cosine", {"steps": 10}, accumulate=accumulate, parallel=kind
+    )
+    whole = [getattr(p, "full_tensor", lambda p=p: p)() for p in model.parameters()]
+    kept = [torch.equal(a, b) for a, b, still in zip(before, whole, frozen, strict=True) if still]
+    statistics = dict(model.named_buffers())["model.layers.1.ffn.query_norm.running_var"]
+    return {"losses": result.losses, "statistics": statistics.tolist(), "kept": kept}
+
+
+def pairs(index):
+    """The micro-batches 2 i and 2 i + 1 of `equal_batches` as one: what two ranks see together."""
+    first, second = equal_batches(2 * index), equal_batches(2 * index + 1)
+    return {name: torch.cat([first[name], second[name]]) for name in first}
+
+
+def equal_batches(index):
+    generator = torch.Generator().manual_seed(index)
+    input_ids = torch.randint(VOCABULARY, (2, 9), generator=generator)
+    return {"input_ids": input_ids, "labels": input_ids}
+
+
+def experts(kind, folder):
+    for name, build in EXPERTS.items():
+        if name == "sync_batchnorm":
+            yield name, train_experts(kind, build, equal_batches)
+            yield "uneven", raised(lambda: train_experts(kind, EXPERTS["sync_batchnorm"], accumulate=3))
+        else:
+            yield name, train_experts(kind, build)
+    if kind == "ddp":  # torch's own wrapper
+        wrapped = nn.parallel.DistributedDataParallel(EXPERTS["frozen and grown"]())
+        batch = equal_batches(dist.get_rank())
+        for _ in range(2):  # a second pass fails where a parameter got no gradient in the first
+            wrapped.zero_grad()
+            wrapped(**batch).loss.backward()
+        yield "gradients", [None if p.grad is None else p.grad.tolist() for p in wrapped.module.parameters()]
+
+
+SECTIONS = {section.__name__: section for section in (trajectories, odd, resuming, decisions, errors, experts, killed)}
 
 
 def main(folder, kinds, *names):

@@ -547,3 +547,20 @@ def test_a_batch_without_input_ids_is_refused():
     model = Constant()
     with pytest.raises(ValueError, match="needs 'input_ids' to count its tokens; it has x"):
         fit(model, lambda index: {"x": torch.ones(2)}, times([1.0])[1], sgd(model))
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_a_sparse_gradient_is_refused_by_its_name_before_a_weight_moves(batches, clip):
+    from trialist.models import ModularDecoderConfig, ModularDecoderForCausalLM
+    from trialist.optimizers import RowAdagrad
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_experts": 49, "num_heads": 2, "top_k": 3, "key_dim": 6, "sparse_grad": True}
+    config = ModularDecoderConfig(vocab_size=61, ffn_types=["swiglu", "peer"], peer=experts, **sizes)
+    model = ModularDecoderForCausalLM(config)
+    layer = model.model.layers[1].ffn
+    before = layer.up[0].detach().clone()
+    words = r"the gradient of model\.layers\.1\.ffn\.down\.0 is sparse.*sparse_grad=False"
+    with pytest.raises(ValueError, match=words):
+        fit(model, batches, CrossEntropy(), RowAdagrad([*layer.down, *layer.up], lr=0.01), clip=clip, progress=False)
+    assert torch.equal(layer.up[0], before)

@@ -36,7 +36,7 @@ def torchrun(*arguments):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    sections = ("trajectories", "odd", "resuming", "decisions", "errors")
+    sections = ("trajectories", "odd", "resuming", "decisions", "errors", "experts")
     run = torchrun("-m", "tests.training.parallel_program", str(folder), ",".join(KINDS), *sections)
     assert run.returncode == 0, run.stderr[-6000:]
     return folder
@@ -254,6 +254,50 @@ def test_a_disk_that_is_full_for_one_rank_is_an_error_on_all_and_leaves_nothing_
         assert "Earlier checkpoints are intact" in words
     left = ["step-00000002", "step-00000002.json", "step-00000002.safetensors"]
     assert seen(f"{kind}/errors/left") == [left if kind == "fsdp" else left[1:]] * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["batchnorm", "frozen and grown"])
+def test_experts_train_on_two_ranks_as_on_one(seen, kind, name):
+    """Also where old experts are frozen and new ones were grown: their tables take no part, or a part of their own."""
+    alone = program.train_experts(None, program.EXPERTS[name])
+    for found in seen(f"{kind}/experts/{name}"):
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert all(found["kept"])
+        assert len(found["kept"]) == len(alone["kept"]) == (3 if name == "frozen and grown" else 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_over_ranks_are_those_of_one_process_with_the_batches_of_all(seen, kind):
+    alone = program.train_experts(None, program.EXPERTS["batchnorm"], program.pairs, accumulate=2)
+    apart = program.train_experts(None, program.EXPERTS["batchnorm"], program.equal_batches)
+    first, second = seen(f"{kind}/experts/sync_batchnorm")
+    assert first == second
+    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert first["statistics"] == pytest.approx(alone["statistics"], rel=1e-3)
+    assert first["losses"] != pytest.approx(apart["losses"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_without_a_batch_is_refused_where_statistics_are_taken_over_ranks(seen, kind):
+    for error in seen(f"{kind}/experts/uneven"):
+        assert error[0] == "ValueError"
+        assert "layers.1.ffn.query_norm normalises over the batches of all 2 ranks" in error[1]
+        assert "give a multiple of 2" in error[1]
+
+
+def test_data_parallel_gradients_of_experts_are_the_mean_of_those_of_the_ranks(seen):
+    means = None
+    for rank in (0, 1):
+        model = program.EXPERTS["frozen and grown"]()
+        model(**program.equal_batches(rank)).loss.backward()
+        own = [None if p.grad is None else p.grad / 2 for p in model.parameters()]
+        means = own if means is None else [a if a is None else a + b for a, b in zip(means, own, strict=True)]
+    for found in seen("ddp/experts/gradients"):
+        for ours, mean in zip(found, means, strict=True):
+            assert (ours is None) is (mean is None)
+            if mean is not None:
+                torch.testing.assert_close(torch.tensor(ours), mean, rtol=1e-4, atol=1e-6)
 
 
 def test_a_model_folder_is_made_of_a_checkpoint_of_one_process_too(tmp_path):

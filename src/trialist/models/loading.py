@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 from trialist.data import assets
 from trialist.models.eviction.swap import enable_eviction
@@ -26,7 +28,9 @@ MODEL_ASSETS = ("smollm2-135m-instruct",)
 def load_model(model: str, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
     """A causal language model in evaluation mode from a Hub id, a local folder or a built-in asset name.
 
-    Selective attention or eviction that was enabled when a model was saved is enabled again, swapped layers are there.
+    Selective attention or eviction that was enabled when a model was saved is enabled again, swapped layers are there. A PEFT
+    adapter is put on the model that it names.
+
     dtype is one of `DTYPES`; "auto" is the saved one. Raises ValueError that says what is missing: no such folder, no
     config or weights in it, weights missing, unknown Hub id, or a Hub that cannot be reached; FileNotFoundError for an
     asset that was not fetched yet.
@@ -34,6 +38,13 @@ def load_model(model: str, *, dtype: str = "float32", device: str = "cpu") -> Pr
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     source = model_source(model)
+    base = _base_of_adapter(source)
+    if base is not None:
+        try:
+            loaded = load_model(base, dtype=dtype, device=device)
+        except ValueError as error:
+            raise ValueError(f"{model!r} is an adapter of {base!r}: {error}") from error
+        return _with_adapter(loaded, model, source)
     try:
         loaded, found = swapped_loader(source).from_pretrained(
             source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
@@ -44,12 +55,7 @@ def load_model(model: str, *, dtype: str = "float32", device: str = "cpu") -> Pr
         raise
     except Exception as error:
         raise ValueError(_damaged(model, error)) from error
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(
-            f"model {model!r} lacks {len(missing)} of the weights of a {type(loaded).__name__}: {', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}; they would be drawn at random. Its files may be incomplete, or it is "
-            "no causal language model"
-        )
+    _require_all(model, found["missing_keys"], type(loaded).__name__, "it is no causal language model")
     settings = getattr(loaded.config, "selective_attention", None)
     if isinstance(settings, dict):
         del loaded.config.selective_attention
@@ -59,6 +65,46 @@ def load_model(model: str, *, dtype: str = "float32", device: str = "cpu") -> Pr
         del loaded.config.eviction
         enable_eviction(loaded, **eviction)
     return loaded.to(device).eval()
+
+
+def _base_of_adapter(source: str) -> str | None:
+    """What an adapter says it belongs to; None for a whole model. Raises ValueError for an adapter that does not say."""
+    if (Path(source) / "config.json").is_file():
+        return None
+    try:
+        found = find_adapter_config_file(source)
+    except OSError:
+        return None  # loading says better what cannot be reached
+    if found is None:
+        return None
+    base = json.loads(Path(found).read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"adapter {source!r} names no model in its adapter_config.json (base_model_name_or_path); write the folder or Hub "
+            "id of the model there that it was trained on"
+        )
+    return base
+
+
+def _with_adapter(loaded: PreTrainedModel, model: str, source: str) -> PreTrainedModel:
+    try:
+        found = loaded.load_adapter(source)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(_damaged(model, error)) from error
+    _require_all(
+        model, found.missing_keys, f"LoRA adapter of {type(loaded).__name__}", "it was trained on another model"
+    )
+    return loaded.eval()
+
+
+def _require_all(model: str, missing: Iterable[str], kind: str, otherwise: str) -> None:
+    if names := sorted(missing):
+        raise ValueError(
+            f"model {model!r} lacks {len(names)} of the weights of a {kind}: {', '.join(names[:3])}"
+            f"{', ...' if len(names) > 3 else ''}; they would be drawn at random. Its files may be incomplete, or {otherwise}"
+        )
 
 
 def model_source(model: str) -> str:
@@ -112,6 +158,8 @@ def _damaged(model: str, error: Exception) -> str:
 def model_context(model: str) -> int | None:
     """Tokens that a model takes at most; None where its configuration does not say. Raises the errors of `load_model`."""
     source = model_source(model)
+    if (base := _base_of_adapter(source)) is not None:
+        return model_context(base)
     try:
         config = AutoConfig.from_pretrained(source)
     except OSError as error:
@@ -130,13 +178,21 @@ def model_digest(model: str) -> str:
     """What identifies the content of `model`: `sha256:...` of a local folder or asset, `commit:...` of a Hub id.
 
     A folder's digest covers its config.json and every tensor's name, dtype, shape and bytes, so a model split over
-    other files keeps it. Raises the errors of `load_model`.
+    other files keeps it; that of an adapter covers the model it belongs to as well. Raises the errors of `load_model`.
     """
     if model in MODEL_ASSETS:
         return f"sha256:{assets.ASSETS[model].sha256}"
     source = model_source(model)
+    base = _base_of_adapter(source)
+    if base is not None:
+        whole = f"{_own_digest(model, source, 'adapter_config.json')} {model_digest(base)}"
+        return f"sha256:{hashlib.sha256(whole.encode()).hexdigest()}"
+    return _own_digest(model, source, "config.json")
+
+
+def _own_digest(model: str, source: str, config: str) -> str:
     if not Path(source).is_dir():
-        return f"commit:{_commit(model)}"
+        return f"commit:{_commit(model, config)}"
     files = sorted(Path(source).glob("*.safetensors")) + sorted(Path(source).glob("*config.json"))
     try:
         return "sha256:" + _folder_digest(
@@ -146,9 +202,9 @@ def model_digest(model: str) -> str:
         raise ValueError(_damaged(model, error)) from error
 
 
-def _commit(model: str) -> str:
+def _commit(model: str, file: str) -> str:
     try:
-        config = cached_file(model, "config.json")
+        config = cached_file(model, file)
     except OSError as error:
         raise ValueError(_unreachable(model, error)) from error
     parts = Path(str(config)).parts  # .../snapshots/<commit>/config.json

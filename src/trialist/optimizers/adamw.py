@@ -26,12 +26,6 @@ def adamw(
     if weight_decay < 0:
         raise ValueError(f"weight_decay must be >= 0, not {weight_decay}")
     groups, taken = declared_groups(model, learning_rate)
-    for group in groups:
-        if group.pop("sparse", False):
-            raise ValueError(
-                f"the gradients of group {group.get('name', '')!r} are sparse, which AdamW does not take; give its parameters "
-                "to trialist.optimizers.RowAdagrad or torch.optim.SparseAdam, or build the layer with sparse_grad=False"
-            )
     embeddings = {
         id(weight)
         for module in model.modules()
@@ -53,7 +47,8 @@ def adamw(
 
 
 def declared_groups(model: nn.Module, learning_rate: float) -> tuple[list[dict[str, Any]], set[int]]:
-    """The groups that modules declare through `optimizer_groups()`, and the ids of the parameters in them."""
+    """The groups that modules declare through `optimizer_groups()`, for an optimizer of dense gradients, and the ids of the
+    parameters in them. Raises ValueError where a group has sparse gradients or holds a parameter of another module."""
     groups: list[dict[str, Any]] = []
     taken: set[int] = set()
     for name, module in model.named_modules():
@@ -70,6 +65,12 @@ def declared_groups(model: nn.Module, learning_rate: float) -> tuple[list[dict[s
             if any(id(p) in claimed for p in group["params"]):
                 raise ValueError(f"optimizer_groups() of module {name or 'model'!r} names a parameter twice")
             claimed |= {id(p) for p in group["params"]}
+            if group.pop("sparse", False):
+                raise ValueError(
+                    f"the gradients of group {group.get('name', '')!r} are sparse, which AdamW does not take; give its "
+                    "parameters to trialist.optimizers.RowAdagrad or torch.optim.SparseAdam in a loop of your own, or build "
+                    "the layer with sparse_grad=False"
+                )
             if "learning_rate_scale" in group:
                 group["lr"] = learning_rate * group.pop("learning_rate_scale")
             groups.append(group)

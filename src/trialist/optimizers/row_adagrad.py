@@ -31,6 +31,16 @@ class RowAdagrad(torch.optim.Optimizer):
                 f"RowAdagrad takes tables of rows, not parameters of shape {shapes[0]}; give those to AdamW"
             )
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the base class does, which casts state to the dtype of its parameter: the accumulators stay float32."""
+        super().load_state_dict(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        own = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(saved, own, strict=True):
+            if index in state_dict["state"]:
+                total = state_dict["state"][index]["sum"]
+                self.state[parameter]["sum"] = total.to(parameter.device, torch.float32, copy=True)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         loss = None

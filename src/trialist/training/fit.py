@@ -99,7 +99,8 @@ def fit(
 
     A loss or gradient that is not finite ends training and is reported in `FitResult.diverged` with its step: on the
     CPU before it reaches the weights, on an accelerator up to ten steps later.
-    Raises ValueError for arguments that cannot work, OSError when the checkpoint folder cannot be written.
+    Raises ValueError for arguments that cannot work and for sparse gradients, OSError when the checkpoint folder cannot be
+    written.
     """
     unit, amount = _single_budget(budget)
     _check_counts(accumulate=accumulate, keep=keep, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
@@ -110,6 +111,12 @@ def fit(
         raise ValueError(
             f"accumulate is {accumulate}: that many micro-batches of a step cannot be shared by {ranks.size} ranks; give "
             f"accumulate={ranks.size} or a multiple of it, with smaller batches"
+        )
+    together = [name for name, module in model.named_modules() if _normalises_over_ranks(module)]
+    if together and accumulate % ranks.size:
+        raise ValueError(
+            f"accumulate is {accumulate}, and {together[0]} normalises over the batches of all {ranks.size} ranks, so none may "
+            f"be left without one: give a multiple of {ranks.size}"
         )
     if compile and parallel == "fsdp":
         raise ValueError("compile does not go with parallel='fsdp'; compile the layers before shard_model instead")
@@ -277,6 +284,11 @@ def _check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, not {count}")
+
+
+def _normalises_over_ranks(module: nn.Module) -> bool:
+    """As `QuerySyncBatchNorm` of PEER and torch's own do, in training mode."""
+    return isinstance(module, nn.SyncBatchNorm) or getattr(module, "across_ranks", False)
 
 
 def _look_every(device: torch.device) -> int:

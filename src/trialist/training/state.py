@@ -118,6 +118,7 @@ class TrainingState:
             total += loss.detach()
             weight = weight + micro_weight
             costs.append(batch_cost(batch, self.flops))
+        self.refuse_sparse_gradients()
         weight = torch.as_tensor(weight, dtype=torch.float32, device=self.device)
         if self.ranks.kind is not None:
             own = {unit: sum(cost[unit] for cost in costs) for unit in self.spent if unit in ("tokens", "flops")}
@@ -132,6 +133,15 @@ class TrainingState:
         self.spent["steps"] = float(self.step)
         self.pending.append((self.step, torch.stack((total, weight, norm))))
         self.history.append((math.nan, math.nan, self.spent[self.unit]))
+
+    def refuse_sparse_gradients(self) -> None:
+        if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in self.parameters):
+            name = next(n for n, p in self.model.named_parameters() if p.grad is not None and p.grad.is_sparse)
+            raise ValueError(
+                f"the gradient of {name} is sparse, and fit takes dense ones (it adds them up over micro-batches and ranks and "
+                "clips their norm): build the layer with sparse_grad=False (torch.nn.Embedding: sparse=False), or train it in "
+                "a loop of your own"
+            )
 
     def look(self) -> str | None:
         """Brings the pending numbers to the host. The first that is not finite is a divergence: its name and step."""

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from trialist.data.collation import stack_or_pad
+from trialist.optimizers.adamw import declared_groups
 from trialist.training.measures import describe
 from trialist.training.state import Objective
 
@@ -36,7 +37,8 @@ class ObjectiveTrainer(Trainer):
     All columns of the data reach the objective. The default collator stacks rows of equal length (packed rows with
     `position_ids`) and pads others on the right. An objective may have a method `weight(batch)` that tells its
     denominator without a forward pass; DeepSpeed, which steps within the backward pass, needs it.
-    Everything else is the Trainer's: arguments, LoRA models, callbacks, loggers, resuming, torchrun.
+    Everything else is the Trainer's: arguments, LoRA models, callbacks, loggers, resuming, torchrun; its optimizer gets the
+    parameter groups that modules declare, as expert tables with a learning rate of their own.
 
     Raises ValueError for what an objective has no use for: label smoothing, `compute_metrics`, `compute_loss_func`; and
     in training when a step has weight 0.
@@ -103,6 +105,15 @@ class ObjectiveTrainer(Trainer):
         self._own_batches: int | None = None
 
     # training
+
+    def create_optimizer(self, *given: Any) -> torch.optim.Optimizer:
+        """The Trainer's, with the groups that modules declare by `optimizer_groups()` apart, as `trialist.optimizers.adamw`
+        has them; an optimizer that was passed in stays as it is."""
+        made_here = self.optimizer is None
+        optimizer = super().create_optimizer(*given)
+        if made_here:
+            _set_apart(optimizer, declared_groups(given[0] if given else self.model, self.args.learning_rate)[0])
+        return optimizer
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -269,6 +280,19 @@ def run_inside(model: nn.Module, objective: Objective, batch: Any) -> tuple[Tens
         return model(batch)
     finally:
         restore()
+
+
+def _set_apart(optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]]) -> None:
+    """Moves the parameters of `groups` out of the groups of an optimizer that has not stepped yet, into these."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    moved = [{**group, "params": [p for p in group["params"] if id(p) in held]} for group in groups]
+    taken = {id(parameter) for group in moved for parameter in group["params"]}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+    for group in moved:
+        if group["params"]:
+            optimizer.add_param_group(group)
 
 
 def _scale_gradients(model: nn.Module, factor: Tensor) -> None:

@@ -28,6 +28,20 @@ def fact_decoder(
     )  # fmt: skip
 
 
+def swap_in_experts(model: PreTrainedModel, layer: int | None, settings: Mapping[str, Any], seed: int) -> int:
+    """Puts a PEER layer, its weights drawn from `seed`, in place of the feed-forward of `layer` of a given model, by default the
+    middle one; returns which."""
+    import torch
+
+    from trialist.models.swaps import swap_ffn
+
+    chosen = model.config.get_text_config(decoder=True).num_hidden_layers // 2 if layer is None else layer
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        swap_ffn(model, [chosen], "peer", **settings)
+    return chosen
+
+
 def dense_width(kind: str, target: PreTrainedModel, quantity: Callable[[nn.Module], float]) -> int:
     """The least inner width at which a dense decoder of feed-forwards `kind`, alike in all else, has at least the FLOPs,
     parameters, or other `quantity` of `target` that grow by equal steps with the width."""
@@ -68,7 +82,7 @@ def recall(model: Any, facts: Tensor, symbols: Tensor, device: str) -> dict[str,
     with torch.no_grad():
         for part in facts.split(SCORED):
             tokens = symbols[part].to(device)  # (B, 3)
-            logits = model(input_ids=tokens, logits_to_keep=2, use_cache=False).logits[:, 0].float()  # (B, V)
+            logits = model(input_ids=tokens[:, :2], logits_to_keep=1, use_cache=False).logits[:, -1].float()  # (B, V)
             right += float((logits.argmax(-1) == tokens[:, 2]).sum())
             nats += float(torch.nn.functional.cross_entropy(logits, tokens[:, 2], reduction="sum"))
     model.train(training)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from trialist.engine.context import Context
 from trialist.engine.contract import Arm, Budget, Claim, Endpoint, Outcome, Trial, Tuning
 from trialist.engine.hardware import resolve_device
-from trialist.trials._facts import as_tokens, fact_decoder, recall
-from trialist.trials._language_model import BUILT_IN, PRELOAD, VERSIONS, check_inputs, train
+from trialist.trials._facts import as_tokens, fact_decoder, recall, swap_in_experts
+from trialist.trials._language_model import BUILT_IN, PRELOAD, VERSIONS, check_inputs, given_model, model_inputs, train
+from trialist.trials._symbols import symbol_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from trialist.data.key_facts import FactVocabulary
 
 LEARNING_RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3, 5e-3, 1e-2)
+GIVEN_LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+BASE_LEARNING_RATE, GIVEN_BASE_LEARNING_RATE = 5e-3, 3e-4
 LOOKS = 20
 """Readings of both recalls during training"""
 BASE = "base"
@@ -47,6 +50,9 @@ class LifelongExpertsTrial(Trial):
     tuning = Tuning(tries=6, metric=Endpoint("kept", unit="share of facts", better="higher"))
     presets = {
         "tiny": dict(seeds=3, about="about a minute a run on one core, and two for the base of each seed"),
+        "real": dict(model="smollm2-135m-instruct", old_facts=3_000, new_facts=1_000, batch=64, base_steps=600, steps=200,
+                     experts=16_384, grown=25_600, expert_heads=8, top_k=16, key_dim=128, expert_scale=10.0, seeds=3,
+                     about="continued training of a given model, hours on 2 cores"),
         "gpu": dict(layers=4, width=256, heads=8, keys=1024, old_facts=300_000, new_facts=100_000, batch=8192, base_steps=4_000,
                     steps=1_500, experts=65_536, grown=102_400, expert_heads=8, top_k=16, key_dim=128, seeds=6,
                     about="under an hour on one GPU"),
@@ -60,12 +66,17 @@ class LifelongExpertsTrial(Trial):
         "layer.grow(96)"
     )
 
+    model: str = BUILT_IN
+    """Hub id, local folder or asset of a model that learns the old facts first, with a PEER layer put into it; `decoder` trains
+    small ones from scratch"""
+    layer: int | None = None
+    """Layer of a given model whose feed-forward is swapped; by default the middle one (in the built-in decoder the last)"""
     layers: int = 2
-    """Layers of the decoder; the feed-forward of the last is the PEER layer"""
+    """Layers of the built-in decoder"""
     width: int = 64
-    """Width of the decoder"""
+    """Width of the built-in decoder"""
     heads: int = 4
-    """Attention heads of the decoder"""
+    """Attention heads of the built-in decoder"""
     experts: int = 4096
     """Experts when the old facts are learned, a perfect square"""
     grown: int = 9216
@@ -92,8 +103,8 @@ class LifelongExpertsTrial(Trial):
     """Training steps on the new facts, most of them"""
     learned: float = 0.9
     """Recall of the new facts at which the recall of the old ones is read"""
-    base_learning_rate: float = 5e-3
-    """Peak learning rate on the old facts"""
+    base_learning_rate: float | None = None
+    """Peak learning rate on the old facts; by default 5e-3 for the built-in decoder and 3e-4 for a given model"""
     learning_rate: float = 1e-3
     """Peak learning rate on the new facts where nothing was tuned"""
     expert_scale: float = 4.0
@@ -116,10 +127,10 @@ class LifelongExpertsTrial(Trial):
 
     def check(self) -> None:
         check_inputs(
-            BUILT_IN, self.dtype, 0, layers=self.layers, width=self.width, heads=self.heads, old_facts=self.old_facts,
+            self.model, self.dtype, 0, layers=self.layers, width=self.width, heads=self.heads, old_facts=self.old_facts,
             new_facts=self.new_facts, batch=self.batch, base_steps=self.base_steps, steps=self.steps,
         )  # fmt: skip
-        if self.width % self.heads:
+        if self.model == BUILT_IN and self.width % self.heads:
             raise ValueError(f"--width {self.width} must be a multiple of --heads {self.heads}")
         if self.old_facts + self.new_facts > self.keys**2:
             raise ValueError(
@@ -136,10 +147,10 @@ class LifelongExpertsTrial(Trial):
             raise ValueError(f"--grown {self.grown} must be more than --experts {self.experts}")
 
     def digests(self) -> Mapping[str, str]:
-        return {"device": resolve_device(self.device)}
+        return model_inputs(self.model, self.device)
 
     def arms(self) -> Iterator[Arm]:
-        tune = {"learning_rate": LEARNING_RATES}
+        tune = {"learning_rate": LEARNING_RATES if self.model == BUILT_IN else GIVEN_LEARNING_RATES}
         controls = {
             "fine-tune": (False, "all", "everything goes on training"),
             "fine-tune-grown": (True, "all", "new experts, and everything goes on training"),
@@ -175,50 +186,53 @@ class LifelongExpertsTrial(Trial):
         evaluate: Any,
         evaluations: int = 1,
     ) -> tuple[Outcome, Mapping[str, float]]:
-        import torch
-
         from trialist.data.key_facts import FactBatches
 
-        device, symbols = resolve_device(self.device), torch.arange(self.vocabulary.size)
+        device, symbols = resolve_device(self.device), self.symbols(model)
         batches = FactBatches(facts, self.batch, context.stream(stream))
         return train(
             model, lambda step: as_tokens(batches(step), symbols, device), context, steps=steps, learning_rate=learning_rate,
             dtype=self.dtype, evaluate=evaluate, evaluations=evaluations,
         )  # fmt: skip
 
-    def build_base(self, context: Context, folder: Path) -> None:
-        """Fills a stage with a decoder that knows the old facts."""
-        model = fact_decoder(
-            context, device=resolve_device(self.device), vocab_size=self.vocabulary.size, layers=self.layers, width=self.width,
+    def symbols(self, model: Any) -> Any:
+        """A token id for each symbol of the facts."""
+        return symbol_ids(model.config.get_text_config(decoder=True).vocab_size, self.vocabulary.size)
+
+    def untrained(self, context: Context) -> Any:
+        """What learns the old facts: a fresh decoder, or the given model, with a PEER layer."""
+        if self.model != BUILT_IN:
+            return given_model(
+                context, self.model, device=self.device, lora=0,
+                adapt=lambda model: swap_in_experts(model, self.layer, self.settings, context.stream("init")),
+            )  # fmt: skip
+        return fact_decoder(
+            context, device=self.device, vocab_size=self.vocabulary.size, layers=self.layers, width=self.width,
             heads=self.heads, ffn_types=["swiglu"] * (self.layers - 1) + ["peer"], peer=self.settings,
         )  # fmt: skip
+
+    def build_base(self, context: Context, folder: Path) -> None:
+        """Fills a stage with a model that knows the old facts."""
+        model = self.untrained(context)
+        rate = self.base_learning_rate or (BASE_LEARNING_RATE if self.model == BUILT_IN else GIVEN_BASE_LEARNING_RATE)
         scratch = dataclasses.replace(context, folder=folder / "training", keep_model=False)
         outcome, _ = self.train_on(
             model, self.facts(context)[0], scratch, stream=f"{BASE} data_order", steps=self.base_steps,
-            learning_rate=self.base_learning_rate, evaluate=lambda _: {},
+            learning_rate=rate, evaluate=lambda _: {},
         )  # fmt: skip
         if outcome.diverged is not None:
-            raise ValueError(
-                f"the base diverged ({outcome.diverged}); lower --base-learning-rate {self.base_learning_rate}"
-            )
+            raise ValueError(f"the base diverged ({outcome.diverged}); lower --base-learning-rate, which is {rate}")
         model.save_pretrained(folder / "model")
 
     def run(self, arm: Arm, seed: int, context: Context) -> Outcome:
-        import torch
-
         from trialist.models.loading import load_model
 
-        device, symbols = resolve_device(self.device), torch.arange(self.vocabulary.size)
-        inputs = (
-            seed,
-            *(
-                getattr(self, name)
-                for name in self.__dataclass_fields__
-                if name not in ("steps", "learned", "learning_rate", "grown")
-            ),
-        )
+        device, afterwards = resolve_device(self.device), {"steps", "learned", "learning_rate", "grown"}
+        fields = [name for name in self.__dataclass_fields__ if name not in {"model", "device", *afterwards}]
+        inputs = (seed, *model_inputs(self.model, self.device).values(), *(getattr(self, name) for name in fields))
         base = context.stage(BASE, inputs, functools.partial(self.build_base, context))
         model = load_model(str(base / "model"), device=device)
+        symbols = self.symbols(model)
         old, new = self.facts(context)
         of_base = recall(model, old, symbols, device)["recall"]
         self.prepare(model, arm, context.stream("init"))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from trialist.engine.context import Context
 from trialist.engine.contract import Arm, Budget, Claim, Endpoint, Outcome, Trial, Tuning
 from trialist.engine.hardware import resolve_device
-from trialist.trials._facts import LENGTH, as_tokens, dense_width, fact_decoder, recall
+from trialist.trials._facts import LENGTH, SCORED, as_tokens, dense_width, fact_decoder, recall, swap_in_experts
 from trialist.trials._language_model import BUILT_IN, PRELOAD, VERSIONS, check_inputs, given_model, model_inputs, train
 from trialist.trials._symbols import symbol_ids
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 PEER_LEARNING_RATES, EXPERT_SCALES = (2e-3, 5e-3, 1.2e-2), (1.0, 4.0)
+POOL = 4
+"""Times the experts in the reference with more of them; a square"""
 GIVEN_LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 GIVEN_PEER_LEARNING_RATES, GIVEN_EXPERT_SCALES = (3e-5, 1e-4, 3e-4), (1.0, 10.0)
 
@@ -36,7 +41,11 @@ class PEERTrial(Trial):
         reported="C4 perplexity at equal FLOPs: dense 23.84 against PEER 20.63 (6e18), 18.31 against 16.45 (2e19); fact recall "
         "is our small stand-in, where what is stored is all that counts",
         endpoint=Endpoint("recall", unit="share of facts", better="higher", margin=0.05, floor=0.02),
-        secondary=(Endpoint("loss", unit="nats per fact", better="lower"),),
+        secondary=(
+            Endpoint("loss", unit="nats per fact", better="lower"),
+            Endpoint("usage", unit="share of experts", better="higher"),
+            Endpoint("unevenness", unit="nats", better="lower"),
+        ),
     )
     budget = Budget("flops")
     tuning = Tuning(tries=6, metric=Endpoint("loss", unit="nats per fact", better="lower"))
@@ -129,7 +138,7 @@ class PEERTrial(Trial):
         if self.model == BUILT_IN:
             return ()
         return ("the control is the given model as it is, with at least the FLOPs of the swapped one; arms of other dense widths "
-                "are left out",)  # fmt: skip
+                "and the references are left out",)  # fmt: skip
 
     def arms(self) -> Iterator[Arm]:
         scratch = self.model == BUILT_IN
@@ -138,26 +147,36 @@ class PEERTrial(Trial):
             "learning_rate": PEER_LEARNING_RATES if scratch else GIVEN_PEER_LEARNING_RATES,
             "expert_scale": EXPERT_SCALES if scratch else GIVEN_EXPERT_SCALES,
         }
+        common = {"learning_rate": self.learning_rate, "expert_scale": self.expert_scale, "experts": self.experts,
+                  "query_norm": "batchnorm", "equal_seconds": False}  # fmt: skip
+        treated = {**common, "ffn": "peer"}
+        used = f"{self.expert_heads * self.top_k} used for a token"
         for setting, null in (("facts", False), ("rule", True)):
-            options = {"learning_rate": self.learning_rate, "expert_scale": self.expert_scale}
             kinds = ("swiglu", "gelu") if scratch and not null else ("swiglu",)
             for kind in kinds if scratch else ("dense",):
                 about = f"dense feed-forwards ({kind}) of equal FLOPs" if scratch else "the given model"
-                own = {**options, "ffn": kind}
-                yield Arm(kind, "control", setting, null, options=own, tune=None if null else dense, about=about)
-            about = f"{self.experts} experts in one layer, {self.expert_heads * self.top_k} used for a token"
-            own = {**options, "ffn": "peer"}
-            yield Arm("peer", "treatment", setting, null, options=own, tune=None if null else sparse, about=about)
-            if scratch and not null:
-                yield Arm("large", "reference", setting, options={**options, "ffn": "large"}, tune=dense,
-                          about="dense feed-forwards (swiglu) of equal parameters, at many times the FLOPs")  # fmt: skip
+                yield Arm(kind, "control", setting, null, options={**common, "ffn": kind}, tune=None if null else dense,
+                          about=about)  # fmt: skip
+            yield Arm("peer", "treatment", setting, null, options=treated, tune=None if null else sparse,
+                      about=f"{self.experts} experts in one layer, {used}")  # fmt: skip
+        if scratch:
+            yield Arm("large", "reference", "facts", options={**common, "ffn": "large"}, tune=dense,
+                      about="dense feed-forwards (swiglu) of equal parameters, at many times the FLOPs")  # fmt: skip
+            yield Arm("longer", "reference", "facts", options={**common, "ffn": "swiglu", "equal_seconds": True},
+                      tuned_as="swiglu", about="swiglu, trained for as many steps as fit into the seconds of peer")  # fmt: skip
+            more = POOL * self.experts
+            yield Arm("more-experts", "reference", "facts", options={**treated, "experts": more}, tuned_as="peer",
+                      about=f"{more} experts, {used}, at a few more FLOPs for their sub-keys")  # fmt: skip
+            yield Arm("no-query-norm", "reference", "facts", options={**treated, "query_norm": "none"},
+                      tuned_as="peer", about="peer without batch normalisation of the queries")  # fmt: skip
 
     def build(self, arm: Arm, context: Context, device: str) -> PreTrainedModel:
         """The model of an arm, with initial weights."""
         from trialist.models.flops import flops_per_token
         from trialist.models.loading import count_parameters
 
-        settings = {**self.settings, "learning_rate_scale": arm["expert_scale"]}
+        settings = {**self.settings, "num_experts": arm["experts"], "query_norm": arm["query_norm"],
+                    "learning_rate_scale": arm["expert_scale"]}  # fmt: skip
         if self.model != BUILT_IN:
             adapt = self.swap(settings, context.stream("init")) if arm["ffn"] == "peer" else None
             return given_model(context, self.model, device=device, lora=0, adapt=adapt)
@@ -175,17 +194,10 @@ class PEERTrial(Trial):
         """What puts a PEER layer into a given model; ValueError where it would compute more than the layer that it replaces."""
 
         def adapt(model: PreTrainedModel) -> None:
-            import torch
-
             from trialist.models.flops import flops_per_token
-            from trialist.models.swaps import swap_ffn
 
-            layers = model.config.get_text_config(decoder=True).num_hidden_layers
-            layer = layers // 2 if self.layer is None else self.layer
             before = flops_per_token(model, LENGTH)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                swap_ffn(model, [layer], "peer", **settings)
+            layer = swap_in_experts(model, self.layer, settings, seed)
             if flops_per_token(model, LENGTH) > before:
                 raise ValueError(
                     f"with --experts {self.experts} --expert-heads {self.expert_heads} --top-k {self.top_k} --key-dim "
@@ -194,6 +206,29 @@ class PEERTrial(Trial):
                 )
 
         return adapt
+
+    def steps_of(self, arm: Arm, context: Context, device: str) -> int:
+        """Steps of an arm; one of equal seconds makes as many as fit into the time of the treatment on this machine."""
+        if not arm["equal_seconds"]:
+            return self.steps
+        sizes = ("layers", "width", "heads", "experts", "expert_heads", "top_k", "key_dim", "keys", "classes", "batch",
+                 "dtype")  # fmt: skip
+        inputs = (device, context.threads, *(getattr(self, name) for name in sizes))
+        folder = context.stage("pace", inputs, functools.partial(self.measure_pace, context, device))
+        return max(1, round(self.steps * json.loads((folder / "pace.json").read_text())))
+
+    def measure_pace(self, context: Context, device: str, folder: Path) -> None:
+        """Fills a stage: the seconds of a step of the treatment over those of a dense decoder of equal FLOPs."""
+        from trialist.data.key_facts import FactBatches, draw_facts
+        from trialist.trials._pace import step_seconds
+
+        arms = {arm.name: arm for arm in self.arms() if not arm.null}
+        peer, dense = (self.build(arms[name], context, device) for name in ("peer", "swiglu"))
+        (facts,) = draw_facts([self.facts], seed=context.stream("facts"), vocabulary=self.vocabulary)
+        symbols = symbol_ids(self.vocabulary.size, self.vocabulary.size)
+        batch = as_tokens(FactBatches(facts, self.batch, context.stream("data_order"))(0), symbols, device)
+        ours, theirs = step_seconds([peer, dense], batch, self.dtype)
+        (folder / "pace.json").write_text(json.dumps(ours / theirs))
 
     def run(self, arm: Arm, seed: int, context: Context) -> Outcome:
         from trialist.data.key_facts import FactBatches, draw_facts, fact_batch
@@ -207,11 +242,12 @@ class PEERTrial(Trial):
             vocabulary=self.vocabulary,
         )  # fmt: skip
         training = FactBatches(facts, self.batch, context.stream("data_order"))
+        steps = self.steps_of(arm, context, device)
         outcome, last = train(
             model,
             lambda step: as_tokens(training(step), symbols, device),
             context,
-            steps=self.steps,
+            steps=steps,
             learning_rate=arm["learning_rate"],
             dtype=self.dtype,
             evaluate=lambda trained: recall(trained, facts, symbols, device),
@@ -220,10 +256,13 @@ class PEERTrial(Trial):
         if outcome.diverged is not None:
             return outcome
         notes: tuple[str, ...] = ()
+        use = {"usage": 1.0, "unevenness": 0.0}  # of a dense layer, where every neuron has weight 1
         if arm["ffn"] == "peer":
-            batch = as_tokens(fact_batch(facts[:4096]), symbols, device)
-            (use,) = peer_metrics(model, [batch]).values()
-            notes = (
-                f"peer, seed {seed}: {use['usage']:.0%} of the experts used, unevenness {use['unevenness']:.2f} nats",
-            )
-        return dataclasses.replace(outcome, metrics=last, notes=notes)
+            batches = (as_tokens(fact_batch(part), symbols, device) for part in facts.split(SCORED))
+            (use,) = peer_metrics(model, batches).values()
+            told = f"{use['usage']:.1%} of the experts used, unevenness {use['unevenness']:.2f} nats"
+            notes = (f"{arm.name}, seed {seed}: {told}",)
+        if arm["equal_seconds"]:
+            notes = (f"{arm.name}, seed {seed}: {steps} steps in the time of {self.steps} of peer",)
+        measured = {name: use[name] for name in ("usage", "unevenness")}
+        return dataclasses.replace(outcome, metrics={**last, **measured}, notes=notes)

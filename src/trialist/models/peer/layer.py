@@ -52,15 +52,22 @@ def second_moment(activation: str, spread: float = 1.0) -> float:
     return float(torch.trapezoid(density * ACTIVATIONS[activation](spread * z).square(), z))
 
 
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def sides_of(num_experts: int, generations: Sequence[int] | None) -> list[int]:
     """The sides n of the pool after each generation; ValueError where they do not fit the number of experts."""
+    if not _is_int(num_experts):
+        raise ValueError(f"num_experts is {num_experts!r}; it must be an int")
     side = math.isqrt(max(num_experts, 0))
     if side < 1 or side * side != num_experts:
         raise ValueError(
             f"num_experts is {num_experts}; product keys need a perfect square: {max(side, 1) ** 2} or {(side + 1) ** 2}"
         )
     sides = [side] if generations is None else list(generations)
-    if not sides or sides[0] < 1 or any(a >= b for a, b in pairwise(sides)) or sides[-1] != side:
+    growing = all(_is_int(side) for side in sides) and all(a < b for a, b in pairwise([0, *sides]))
+    if not sides or not growing or sides[-1] != side:
         raise ValueError(
             f"generations is {generations}; it lists the growing sides of the pool and ends with that of all "
             f"{num_experts} experts, {side}"
@@ -85,10 +92,10 @@ def check_peer(
     """Raises ValueError for settings of `PEER` that cannot work; returns the sides of its generations."""
     sides = sides_of(num_experts, generations)
     for name, value in {"num_heads": num_heads, "top_k": top_k}.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    if key_dim < 2 or key_dim % 2:
-        raise ValueError(f"key_dim is {key_dim}; it must be even, half of it for each of the two sub-keys")
+        if not _is_int(value) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be an int of at least 1")
+    if not _is_int(key_dim) or key_dim < 2 or key_dim % 2:
+        raise ValueError(f"key_dim is {key_dim!r}; it must be even, half of it for each of the two sub-keys")
     if top_k > num_experts:
         raise ValueError(f"top_k is {top_k}, but there are only {num_experts} experts")
     choices = {"activation": (activation, ACTIVATIONS), "score": (score, SCORES), "query_norm": (query_norm, QUERY_NORMS),
@@ -117,8 +124,12 @@ class PEER(nn.Module):
     the parameter groups that the layer declares. generations: sides of the pool after each `grow`, None for a pool that
     never grew.
 
-    Raises ValueError for settings that cannot work and, on the CPU, for input that holds NaN.
+    Differentiable once; twice with backend="einsum". Raises ValueError for settings that cannot work, input and masks that do
+    not fit and, on the CPU, for tokens other than padding that hold NaN.
     """
+
+    recorded_in: str | None = None
+    """Field of a model's configuration that holds the settings of its layers of this class"""
 
     def __init__(
         self,
@@ -198,7 +209,8 @@ class PEER(nn.Module):
 
     @property
     def active_side(self) -> int:
-        """Only pairs of the first `active_side` sub-keys are retrieved: with the side before `grow`, the layer of then."""
+        """Only pairs of the first `active_side` sub-keys are retrieved: with the side before `grow`, the layer of then. No
+        file holds it: a loaded layer retrieves all."""
         return self._active_side or self.side
 
     @active_side.setter
@@ -211,10 +223,8 @@ class PEER(nn.Module):
 
     def retrieve(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Ids int64 and weights (at least float32) of the chosen experts, `(..., H, K)` each, best first in every head."""
-        tokens = x.reshape(-1, self.hidden_size)
+        tokens = self._tokens(x, padding_mask)
         mask = None if padding_mask is None else padding_mask.reshape(-1)
-        if mask is not None and mask.shape[0] != tokens.shape[0]:
-            raise ValueError(f"padding_mask {tuple(padding_mask.shape)} does not fit x {tuple(x.shape)}")  # type: ignore[union-attr]
         projected = self.query_proj(tokens)
         wide = torch.float64 if projected.dtype == torch.float64 else torch.float32
         with torch.autocast(x.device.type, enabled=False):  # scores in bfloat16 would tie
@@ -233,11 +243,25 @@ class PEER(nn.Module):
                 return ids, scores.softmax(-1)
             return ids, scores.sigmoid() if self.score == "sigmoid" else scores.relu()
 
+    def _tokens(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """`(N, d)`: the tokens of `x`, 0 at padding, whatever stands there."""
+        if x.dim() < 1 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x is {tuple(x.shape)}, wanted (..., {self.hidden_size})")
+        if padding_mask is None:
+            return x.reshape(-1, self.hidden_size)
+        if padding_mask.shape != x.shape[:-1] or padding_mask.dtype != torch.bool:
+            raise ValueError(
+                f"padding_mask {tuple(padding_mask.shape)} of {padding_mask.dtype} does not fit x {tuple(x.shape)}: wanted "
+                f"{tuple(x.shape[:-1])} of torch.bool, False at padding"
+            )
+        return x.masked_fill(~padding_mask[..., None], 0).reshape(-1, self.hidden_size)
+
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """padding_mask: bool, the shape of `x` without its last dimension, False at padding; None where there is none."""
         ids, weights = self.retrieve(x, padding_mask)
+        tokens, count = self._tokens(x, padding_mask), self.num_heads * self.top_k
         y = expert_lookup(
-            x.reshape(-1, self.hidden_size), ids.flatten(-2).flatten(0, -2), weights.flatten(-2).flatten(0, -2),
+            tokens, ids.reshape(len(tokens), count), weights.reshape(len(tokens), count),
             list(self.down), list(self.up), list(self.gate), activation=self.activation, sparse_grad=self.sparse_grad,
             backend=self.backend,
         )  # fmt: skip
@@ -273,6 +297,7 @@ class PEER(nn.Module):
         """Stop training all experts that exist now, also their sub-keys, also the queries (with their running statistics).
 
         Parameters stop requiring gradients, so no optimizer's decay or momentum moves them. What `grow` adds is trained.
+        No file holds what is frozen: freeze a loaded layer again.
         """
         if what not in FREEZE:
             raise ValueError(f"freeze takes {', '.join(map(repr, FREEZE))}, not {what!r}")
@@ -281,7 +306,6 @@ class PEER(nn.Module):
             frozen += list(self.keys)
         if what == "experts+keys+query":
             frozen += [*self.query_proj.parameters(), *self.query_norm.parameters()]
-            self.query_norm.frozen = True
         for parameter in frozen:
             parameter.requires_grad_(False)
 
