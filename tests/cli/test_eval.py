@@ -71,9 +71,9 @@ def test_an_evaluation_is_stored_by_item_not_run_twice_and_compared(here, capsys
     assert "run " + two["run"] in call(capsys, "compare", one["run"], two["run"], "--metric", "bits")[1]
 
 
-def test_num_steps_choose_how_deep_a_recurrent_model_is_evaluated(here, capsys, tmp_path):
+def test_a_recurrent_model_is_evaluated_at_several_numbers_of_steps_with_their_flops(here, capsys, tmp_path):
     from trialist.data.tokenizers import byte_tokenizer
-    from trialist.models import ModularDecoderConfig, ModularDecoderForCausalLM, initialize_
+    from trialist.models import ModularDecoderConfig, ModularDecoderForCausalLM, flops_per_token, initialize_
 
     config = ModularDecoderConfig(
         vocab_size=259, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, depth="recurrent",
@@ -84,12 +84,19 @@ def test_num_steps_choose_how_deep_a_recurrent_model_is_evaluated(here, capsys, 
     model.save_pretrained(tmp_path / "deep")
     byte_tokenizer().save_pretrained(tmp_path / "deep")
     text = f"text:{here / 'own.jsonl'}"
-    options = ((), ("--num-steps", "3"), ("--num-steps", "1"))
-    found = [evaluate(capsys, tmp_path, "deep", text, *steps)["metrics"] for steps in options]
-    assert found[0] == found[1] != found[2]
-    code, _, err = call(capsys, "eval", text, "--model", str(here / "one"), "--num-steps", "2")
-    assert code != 0
-    assert "has no recurrent depth" in err
+    plain = evaluate(capsys, tmp_path, "deep", text)["metrics"]
+    code, out, err = call(capsys, "eval", text, "--model", str(tmp_path / "deep"), "--num-steps", "1,3", "--json")
+    assert code == 0, err
+    once, often = json.loads(out)["evaluations"]
+    assert (once["num_steps"], often["num_steps"]) == (1, 3)
+    assert often["metrics"] == plain != once["metrics"]
+    assert often["flops_per_token"] == pytest.approx(flops_per_token(model, 256))
+    table = call(capsys, "eval", text, "--model", str(tmp_path / "deep"), "--num-steps", "1,3")[1]
+    assert f"{often['flops_per_token']:.3g}" in table
+    for steps, words in (("2", "has no recurrent depth"), ("1,x", "whole numbers of at least 1, separated by commas")):
+        code, _, err = call(capsys, "eval", text, "--model", str(here / "one"), "--num-steps", steps)
+        assert code != 0
+        assert words in " ".join(err.split())
 
 
 def test_a_benchmark_of_lm_eval_runs_offline_with_its_clusters(here, capsys):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,16 @@ import torch
 import transformers
 from torch import Tensor
 
-from trialist.models import ModularDecoderConfig, ModularDecoderForCausalLM, initialize_
+from trialist.models import (
+    EvictingCacheLayer,
+    ModularDecoderConfig,
+    ModularDecoderForCausalLM,
+    enable_eviction,
+    enable_selective_attention,
+    initialize_,
+    swap_ffn,
+)
+from trialist.models.swaps import SwappedPEER
 
 VOCABULARY = 37
 SIZES: dict[str, Any] = {
@@ -85,6 +94,46 @@ def family() -> Callable[..., Any]:
     return build
 
 
+EVICTING = ["decoder", "swapped llama", "h2o", "recency"]
+
+
+@pytest.fixture
+def evicting(decoder, family) -> Callable[[str], Any]:  # type: ignore[no-untyped-def]
+    """Models of two layers that can evict, and keep everything still."""
+
+    def build(kind: str) -> Any:
+        if kind == "decoder":
+            return decoder("selective_attention", "selective_attention")
+        if kind == "swapped llama":
+            return enable_selective_attention(family("llama"))
+        return enable_eviction(family("llama"), kind, **({"sinks": 1} if kind == "recency" else {}))
+
+    return build
+
+
+EXPERTS = {"num_experts": 49, "num_heads": 3, "top_k": 4, "key_dim": 6}
+"""Settings of PEER for tiny models"""
+
+
+@pytest.fixture
+def swapped(family) -> Callable[..., Any]:
+    """A model of a family with PEER in some layers, whose running statistics are those after some training."""
+
+    def build(name: str = "llama", layers: Sequence[int] = (1,), **settings: Any) -> Any:
+        model = family(name)
+        torch.manual_seed(3)
+        swap_ffn(model, layers, "peer", **{**EXPERTS, **settings})
+        for layer in swapped_layers(model):
+            layer.query_norm.running_mean.normal_()
+        return model.eval()
+
+    return build
+
+
+def swapped_layers(model: torch.nn.Module) -> list[SwappedPEER]:
+    return [module for module in model.modules() if isinstance(module, SwappedPEER)]
+
+
 @pytest.fixture
 def padded() -> tuple[Tensor, Tensor]:
     """Token ids (3, 11) and their mask; the second row has four tokens of padding on the left."""
@@ -94,12 +143,23 @@ def padded() -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+def tokens(N: int = 5, T: int = 24) -> Tensor:
+    """Token ids (N, T)."""
+    return torch.randint(3, VOCABULARY, (N, T), generator=torch.Generator().manual_seed(1))
+
+
 def states(B: int = 2, H: int = 4, G: int = 2, T: int = 13, D: int = 4, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Random query (B, H, T, D), key and value (B, G, T, D) in float64, large enough that a wrong mask shows."""
     generator = torch.Generator().manual_seed(seed)
     shapes = (B, H, T, D), (B, G, T, D), (B, G, T, D)
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) * 2 for shape in shapes)
     return q, k, v
+
+
+def brought(layer: EvictingCacheLayer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values after a layer was given new ones, as an attention that minds what was evicted gives them."""
+    layer.expect()
+    return layer.update(key, value)
 
 
 def layout(kind: str, B: int = 2, T: int = 13) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.models.recurrent import recurrent, written_out
@@ -15,9 +16,8 @@ from trialist.models import (
     count_parameters,
     flops_per_token,
     initialize_,
-    selected_logprobs,
 )
-from trialist.models.recurrent_depth.steps import depth_of, deterministic_scoring
+from trialist.models.recurrent_depth.steps import depth_of
 
 
 @pytest.fixture
@@ -152,22 +152,6 @@ def test_the_draw_goes_on_where_a_saved_model_stopped(decoder, ids, tmp_path) ->
         assert torch.equal(model(ids).logits, loaded(ids).logits)
 
 
-def test_deterministic_scoring_repeats_the_evaluation_in_training_mode(decoder, ids) -> None:
-    model = recurrent(decoder, mean_recurrence=6)
-    expected = selected_logprobs(model, ids)
-    model.train()
-    with deterministic_scoring(model):
-        found = selected_logprobs(model, ids)
-        torch.testing.assert_close(found, expected)
-        assert found.requires_grad
-    assert not torch.equal(selected_logprobs(model, ids), expected)
-
-
-def test_log_probabilities_can_be_scored_while_training(decoder, ids) -> None:
-    model = recurrent(decoder, mean_recurrence=6).train()  # the first call compares two passes of the model
-    assert selected_logprobs(model, ids).requires_grad
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(decoder, ids, reentrant: bool) -> None:
     gradients = []
@@ -231,6 +215,16 @@ def test_all_linear_lora_finds_the_adapter_of_the_core(decoder) -> None:
     assert any(name.endswith("core.adapter") for name in model.base_model.targeted_module_names)
 
 
+def test_queries_and_keys_may_have_a_bias_alone(decoder, ids, tmp_path) -> None:
+    model = recurrent(decoder, changes={"attention_bias": "qk"})
+    biased = {name.split(".")[-2] for name, _ in model.named_parameters() if name.endswith(".bias")}
+    assert biased == {"q_proj", "k_proj"}
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
+    with pytest.raises(Exception, match="attention_bias is 'q'; choose True, False or 'qk'"):
+        recurrent(decoder, changes={"attention_bias": "q"})
+
+
 def test_takase_initialisation_has_the_spread_of_the_paper() -> None:
     config = ModularDecoderConfig(
         vocab_size=501, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, depth="recurrent",
@@ -279,6 +273,12 @@ def test_sequence_classifier_runs_on_recurrent_depth(decoder, padded) -> None:
         ModularDecoderConfig(**{**recurrent(decoder).config.to_dict(), "num_labels": 3})
     ).eval()
     assert model(padded[0], attention_mask=padded[1]).logits.shape == (3, 3)
+
+
+def test_padding_runs_no_steps_with_and_without_exits(decoder, padded) -> None:
+    model, (ids, mask) = recurrent(decoder), padded
+    for options in ({}, {"exit_criterion": "latent_diff", "exit_threshold": 0.0}):
+        assert torch.equal(model(ids, attention_mask=mask, **options).num_steps, 5 * mask)
 
 
 def test_hidden_states_are_recorded_at_every_step(decoder, ids) -> None:
@@ -333,3 +333,17 @@ def test_compiled_blocks_have_no_graph_break_and_equal_gradients(ids) -> None:
     model(ids, labels=ids, num_steps=3).loss.backward()
     for parameter, gradient in zip(model.parameters(), plain, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_not_compiled_again_for_other_numbers_of_steps(decoder, ids) -> None:
+    model, plain = recurrent(decoder).train(), recurrent(decoder).train()
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled, frames = torch.compile(model, backend=counter), []
+    for steps in range(1, 9):
+        output = compiled(ids, labels=ids, num_steps=steps)
+        torch.testing.assert_close(output.loss, plain(ids, labels=ids, num_steps=steps).loss, rtol=1e-4, atol=1e-4)
+        frames.append(counter.frame_count)
+    assert frames[2:] == [frames[2]] * 6  # from three steps on, some have no gradient
+    torch._dynamo.reset()

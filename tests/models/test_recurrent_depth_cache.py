@@ -54,13 +54,34 @@ def test_cached_logits_equal_those_of_the_whole_text_in_any_chunks(decoder, padd
     assert torch.equal(cache.num_steps, torch.full((3, 11), 5))
 
 
-def test_left_padded_decoding_without_position_ids_equals_that_without_padding(decoder, padded) -> None:
-    model, (ids, mask) = recurrent(decoder), padded
+@pytest.mark.parametrize("fill", [None, 0, 1], ids=["no positions", "padding at 0", "padding at 1"])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 11])
+def test_left_padding_in_chunks_of_any_size_equals_the_text_without_padding(decoder, padded, size: int, fill) -> None:
+    model, (ids, mask) = recurrent(decoder), padded  # the second row has four tokens of padding
+    positions = None if fill is None else (mask.cumsum(-1) - 1).masked_fill(mask == 0, fill)
+    cache, states, logits = DynamicCache(), [], []
+    for start in range(0, 11, size):
+        end = min(start + size, 11)
+        given = {} if positions is None else {"position_ids": positions[:, start:end]}
+        output = model(
+            ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, output_latent_states=True, **given
+        )
+        states.append(output.latent_states[0])
+        logits.append(output.logits)
+    alone = model(ids[1:2, 4:], output_latent_states=True)
+    assert torch.equal(torch.cat(states, 1)[1, 4:], alone.latent_states[0][0])
+    torch.testing.assert_close(torch.cat(logits, 1)[1, 4:], alone.logits[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(cache.num_steps, 5 * mask)
+
+
+def test_a_warm_start_after_padding_starts_anew(decoder, padded) -> None:
+    model, (ids, mask) = recurrent(decoder, warm_start=True), padded
     cache, alone = DynamicCache(), DynamicCache()
-    model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
-    model(ids[1:2, 4:-1], past_key_values=alone)
-    together = model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits
-    torch.testing.assert_close(together[1:2], model(ids[1:2, -1:], past_key_values=alone).logits, rtol=1e-4, atol=1e-4)
+    for at in range(11):
+        found = model(ids[:, at : at + 1], attention_mask=mask[:, : at + 1], past_key_values=cache).logits
+        if at >= 4:
+            expected = model(ids[1:2, at : at + 1], past_key_values=alone).logits
+            torch.testing.assert_close(found[1:2], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

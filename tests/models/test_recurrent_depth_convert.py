@@ -74,6 +74,9 @@ def test_the_new_model_shares_no_tensor_generates_and_reloads(ids, tmp_path) -> 
     ours = to_recurrent(source, 2, 3, 1, mean_recurrence=2)
     own = {parameter.data_ptr() for parameter in source.parameters()}
     assert not own & {parameter.data_ptr() for parameter in ours.parameters()}
+    ours.generation_config.num_steps = 2
+    assert not hasattr(source.generation_config, "num_steps")
+    del ours.generation_config.num_steps
     written = ours.generate(ids, num_steps=1, **GREEDY)
     assert torch.equal(written, source.generate(ids, **GREEDY))
     ours.save_pretrained(tmp_path)

@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity, kl_div
 from transformers import DynamicCache
 
 from tests.models.recurrent import GREEDY, recurrent
-from trialist.models.recurrent_depth.exit import change
+from trialist.models.recurrent_depth.exit import change, without_improbable
 from trialist.models.recurrent_depth.steps import depth_of
 
 
@@ -40,7 +40,7 @@ def test_threshold_zero_never_exits_and_changes_nothing(decoder, ids, criterion:
     torch.testing.assert_close(output.logits, model(ids, num_steps=6).logits)
 
 
-@pytest.mark.parametrize("criterion", ["kl", "entropy_diff", "latent_diff", "cosine"])
+@pytest.mark.parametrize("criterion", ["kl", "minp_kl", "entropy_diff", "latent_diff", "cosine"])
 @pytest.mark.parametrize("least", [1, 3])
 def test_an_infinite_threshold_exits_at_min_steps(decoder, ids, criterion: str, least: int) -> None:
     model = recurrent(decoder)
@@ -67,6 +67,35 @@ def test_a_token_stops_where_its_state_first_moves_less_than_the_threshold(decod
     expected = [next((step + 1 for step in range(8) if moves[step, row] < threshold), 9) for row in range(3)]
     taken = model(ids, exit_criterion="latent_diff", exit_threshold=threshold, num_steps=9).num_steps
     assert taken[:, 0].tolist() == expected
+
+
+def test_argmax_stops_at_the_first_look_at_threshold_0_and_never_at_infinity(decoder, ids) -> None:
+    model = recurrent(decoder)
+    for threshold, steps in ((0, 1), (math.inf, 7)):
+        taken = model(ids, exit_criterion="argmax", exit_threshold=threshold, num_steps=7).num_steps
+        assert taken.unique().tolist() == [steps]
+
+
+def test_minp_kl_compares_what_is_at_least_a_tenth_as_probable_as_the_best() -> None:
+    p = torch.tensor([0.5, 0.3, 0.06, 0.04, 0.1], dtype=torch.float64)
+    found = without_improbable(p.log()).exp()
+    expected = torch.tensor([0.5, 0.3, 0.06, 0.2, 0.1], dtype=torch.float64) / 1.16  # 0.04 < 0.05 becomes 1/5
+    torch.testing.assert_close(found, expected)
+    now = torch.tensor([0.2, 0.2, 0.2, 0.2, 0.2], dtype=torch.float64)
+    by_hand = sum(float(q * math.log(q / 0.2)) for q in expected)
+    assert float(change("minp_kl", now.log(), found.log())) == pytest.approx(by_hand)
+
+
+def test_minp_kl_stops_where_the_kl_of_the_probable_tokens_is_small(decoder, ids) -> None:
+    model, token = recurrent(decoder), ids[:, :1]
+    seen = [model(token, num_steps=steps).logits[:, -1].log_softmax(-1) for steps in range(1, 8)]
+    kept = [without_improbable(log_probs) for log_probs in seen]
+    values = torch.stack([change("minp_kl", b, a) for a, b in pairwise(kept)])  # (6, 3), at steps 2 to 7
+    threshold = float(values.detach().median())
+    taken = model(token, exit_criterion="minp_kl", exit_threshold=threshold, min_steps=2, num_steps=9).num_steps[:, 0]
+    for row in range(3):
+        small = [step for step in range(2, 8) if values[step - 2, row] < threshold]
+        assert int(taken[row]) == small[0] if small else int(taken[row]) > 7
 
 
 def test_argmax_exits_after_so_many_equal_looks(decoder, ids) -> None:
@@ -105,10 +134,14 @@ def test_without_coda_the_kl_criterion_scores_as_it_decodes(decoder, ids) -> Non
     torch.testing.assert_close(torch.cat(logits, 1), together.logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("criterion", ["kl", "latent_diff", "entropy_diff", "argmax", "cosine"])
+@pytest.mark.parametrize("criterion", ["kl", "minp_kl", "latent_diff", "entropy_diff", "argmax", "cosine"])
 def test_each_row_decodes_as_it_does_alone(decoder, padded, criterion: str) -> None:
     model, (ids, mask) = recurrent(decoder), padded
-    options = {"exit_criterion": criterion, "exit_threshold": 2 if criterion == "argmax" else 0.3, "num_steps": 7}
+    options = {
+        "exit_criterion": criterion,
+        "exit_threshold": {"argmax": 2, "minp_kl": 0.02}.get(criterion, 0.3),
+        "num_steps": 7,
+    }
     together = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options, **GREEDY)
     steps = together.past_key_values.num_steps
     assert len(steps[:, 11:].unique()) > 2
@@ -182,6 +215,29 @@ def test_configured_exits_are_for_evaluation_only(decoder, ids) -> None:
     assert model(ids).num_steps.unique().tolist() == [1]
     model.train()
     assert len({int(model(ids).num_steps[0, 0]) for _ in range(10)}) > 2
+    assert model(ids, num_steps=4).num_steps.unique().tolist() == [4]
+    assert model(ids, past_key_values=DynamicCache()).num_steps.unique().tolist() == [5]
+
+
+@pytest.mark.parametrize("criterion", ["latent_diff", "kl"])
+def test_hidden_states_and_attentions_under_exits_are_refused(decoder, ids, criterion: str) -> None:
+    model = recurrent(decoder)
+    with pytest.raises(ValueError, match=r"output_hidden_states with exit_criterion=.*; take output_latent_states"):
+        model(ids, exit_criterion=criterion, output_hidden_states=True)
+    with pytest.raises(ValueError, match="output_attentions with exit_criterion"):
+        model(ids, exit_criterion=criterion, output_attentions=True)
+    states = model(ids, exit_criterion=criterion, output_latent_states=True).latent_states
+    assert {tuple(state.shape) for state in states} == {(3, 9, 24)}
+
+
+@torch.no_grad()
+def test_beams_under_exits_choose_what_they_choose_alone(decoder, padded) -> None:
+    model, (ids, mask) = recurrent(decoder), padded
+    options = {"exit_criterion": "latent_diff", "exit_threshold": 0.4, "num_steps": 7, "num_beams": 3}
+    together = model.generate(ids, attention_mask=mask, **options, **GREEDY)
+    for row in range(3):
+        alone = model.generate(ids[row : row + 1, int((mask[row] == 0).sum()) :], **options, **GREEDY)
+        assert torch.equal(together[row, -8:], alone[0, -8:])
 
 
 @pytest.mark.parametrize(

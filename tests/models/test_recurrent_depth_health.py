@@ -45,3 +45,16 @@ def test_a_model_that_ignores_its_state_gains_nothing(decoder) -> None:
     model = recurrent(decoder)
     start_from_identity(depth_of(model).core)
     assert recurrence_gain(model, torch.randint(3, 37, (2, 9))) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_gain_at_no_steps_is_refused(decoder) -> None:
+    with pytest.raises(ValueError, match="num_steps is 0; it must be a whole number of at least 1"):
+        recurrence_gain(recurrent(decoder), torch.randint(3, 37, (2, 9)), num_steps=0)
+
+
+def test_modules_that_stand_still_stay_so(decoder) -> None:
+    model = recurrent(decoder).train()
+    depth_of(model).prelude.eval()
+    recurrence_gain(model, torch.randint(3, 37, (2, 9)))
+    assert not any(module.training for module in depth_of(model).prelude.modules())
+    assert depth_of(model).core.training

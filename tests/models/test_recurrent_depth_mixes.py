@@ -7,10 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.models.recurrent import GREEDY, recurrent
+from trialist.models import enable_eviction, enable_selective_attention, kv_bytes, memory_profile, set_budgets
+from trialist.models.configuration import FEED_FORWARDS, MIXERS
 
 PEER = {"num_experts": 64, "num_heads": 2, "top_k": 3, "key_dim": 8}
-mixers = pytest.mark.parametrize("mixer", ["full_attention", "selective_attention", "min_gru", "min_lstm"])
-feed_forwards = pytest.mark.parametrize("ffn", ["swiglu", "peer"])
+mixers = pytest.mark.parametrize("mixer", MIXERS)
+feed_forwards = pytest.mark.parametrize("ffn", FEED_FORWARDS)
 
 
 def mix(decoder, mixer: str, ffn: str):
@@ -26,6 +28,46 @@ def test_cached_generation_equals_uncached_in_a_padded_batch(decoder, padded, mi
     assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), uncached)
     alone = model.generate(ids[1:2, 4:], **GREEDY)
     assert torch.equal(uncached[1, 4:], alone[0])
+
+
+SWAPS = {
+    "native penalty": ("selective_attention", lambda model: set_budgets(model, [4, 6])),
+    "penalty": ("full_attention", lambda model: enable_selective_attention(model, budgets=[4, 6, 4, 5])),
+    "recency": ("full_attention", lambda model: enable_eviction(model, "recency", 6, sinks=1)),
+    "h2o": ("full_attention", lambda model: enable_eviction(model, "h2o", [4, 6, 4, 5])),
+    "h2o beside the penalty": ("selective_attention", lambda model: enable_eviction(model, "h2o", 5)),
+}
+swaps = pytest.mark.parametrize(("mixer", "enable"), SWAPS.values(), ids=SWAPS)
+
+
+@swaps
+def test_under_budgets_cached_generation_equals_uncached_in_a_padded_batch(decoder, padded, mixer: str, enable) -> None:
+    model, (ids, mask) = mix(decoder, mixer, "swiglu").double(), padded
+    enable(model)
+    uncached = model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY)
+    for options in ({}, {"prefill_chunk_size": 3}):
+        assert torch.equal(model.generate(ids, attention_mask=mask, **options, **GREEDY), uncached), options
+    lookup = model.generate(ids[:1], prompt_lookup_num_tokens=3, max_matching_ngram_size=1, **GREEDY)
+    assert torch.equal(lookup, uncached[:1])
+
+
+@pytest.mark.parametrize("enable", [enable_selective_attention, enable_eviction])
+def test_tokens_that_exit_early_cannot_be_evicted_or_selected(decoder, padded, enable) -> None:
+    model = recurrent(decoder)
+    enable(model, budgets=5)
+    with pytest.raises(ValueError, match="tokens that exit early, by exit_criterion, cannot be evicted or selected"):
+        model(padded[0], exit_criterion="latent_diff")
+
+
+def test_profiled_layers_add_up_to_the_cache_of_all_steps(decoder) -> None:
+    model = recurrent(decoder, *["selective_attention"] * 4, mean_recurrence=3)
+    set_budgets(model, [4, 6, 5, 7])
+    rows = torch.randint(3, 37, (2, 20), generator=torch.Generator().manual_seed(1))
+    profile = memory_profile(model, rows)
+    noted = 8 * (20 + 1)  # how many steps each token ran, and where the row begins
+    assert sum(layer.bytes for layer in profile) + noted == kv_bytes(model, rows)
+    single = [memory_profile(model.with_steps(1), rows)[index].bytes for index in range(4)]
+    assert [layer.bytes for layer in profile] == [single[0], 3 * single[1], 3 * single[2], single[3]]
 
 
 @mixers

@@ -5,7 +5,14 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from tests.training.conftest import VOCABULARY, tiny_llama
-from trialist.models import ModularDecoderConfig, ModularDecoderForCausalLM, flops_per_token, initialize_
+from trialist.models import (
+    ModularDecoderConfig,
+    ModularDecoderForCausalLM,
+    flops_per_token,
+    initialize_,
+    recurrence_gain,
+    token_correlation,
+)
 from trialist.models.recurrent_depth.sampling import sample_recurrence
 from trialist.models.recurrent_depth.steps import depth_of
 from trialist.objectives import CrossEntropy
@@ -101,3 +108,45 @@ def test_the_cost_of_training_counts_steps_without_gradient_as_forward_passes(ba
 def test_a_model_without_recurrent_depth_is_refused_at_the_start(batches) -> None:
     with pytest.raises(ValueError, match="LlamaForCausalLM has no recurrent depth"):
         train(tiny_llama(), batches, 1, [RecurrenceCallback()])
+
+
+def test_the_mean_number_of_steps_rises_with_the_training_step_also_after_a_resume(batches, tmp_path) -> None:
+    def rising(step: int) -> int:
+        return 1 + 3 * step
+
+    whole, first, second = recurrent_model(), recurrent_model(), recurrent_model()
+    watch = Watch(second)
+    losses = train(whole, batches, 4, [RecurrenceCallback(mean=rising)]).losses
+    train(first, batches, 2, [RecurrenceCallback(mean=rising)], checkpoint=tmp_path)
+    again = train(second, batches, 4, [RecurrenceCallback(mean=rising)], checkpoint=tmp_path).losses
+    assert again == losses
+    assert watch.passes[-2:] == [sample_recurrence(11, step, rising(step), 0.5) for step in (2, 3)]
+    assert whole.config.recurrent["mean_recurrence"] == rising(3)
+
+
+def test_the_health_of_the_loop_is_measured_every_so_many_steps_and_at_the_end(batches) -> None:
+    model, held_out = recurrent_model(), batches(9)
+    logs: list[list[dict]] = []
+
+    class Keep(TrainerCallback):
+        def on_train_end(self, args, state, control, **objects):
+            logs.append(list(state.log_history))
+
+    train(model, batches, 5, [RecurrenceCallback(health=held_out, health_every=2), Keep()])
+    measured = [entry for entry in logs[0] if "recurrence_gain" in entry]
+    assert [entry["step"] for entry in measured] == [2, 4, 5]
+    ids, mask = held_out["input_ids"], held_out["attention_mask"]
+    assert measured[-1]["recurrence_gain"] == pytest.approx(recurrence_gain(model, ids, mask))
+    model.eval()
+    states = model(ids, attention_mask=mask, output_latent_states=True).latent_states[-1]
+    assert measured[-1]["token_correlation"] == pytest.approx(token_correlation(states, mask))
+
+
+def test_measuring_the_health_does_not_change_the_training(batches) -> None:
+    plain = train(recurrent_model(), batches, 4, [RecurrenceCallback()]).losses
+    assert train(recurrent_model(), batches, 4, [RecurrenceCallback(health=batches(9), health_every=1)]).losses == plain
+
+
+def test_health_at_every_no_step_is_refused() -> None:
+    with pytest.raises(ValueError, match="health_every is 0"):
+        RecurrenceCallback(health_every=0)

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trialist.data.tokenizers import byte_tokenizer
+from trialist.models import enable_selective_attention, load_model
 from trialist.training import progress
 from trialist.training.output import ModelOutput
 from trialist.training.sft import SupervisedFineTuning
@@ -275,3 +276,21 @@ def test_a_real_model_learns_real_rows_and_generates(shared_data, tmp_path):
         answers.append(tokenizer.decode(written[0, prompt["input_ids"].shape[1] :]))
     assert len(answers[0].split()) > 3
     assert answers[0] != answers[1]
+
+
+def test_a_price_on_memory_needs_a_model_that_can_forget_and_makes_it_forget(folder, rows, llama):
+    with pytest.raises(ValueError, match=r"--memory-price 0\.5: .* has no selective attention"):
+        run(folder, rows, memory_price=0.5)
+    with pytest.raises(ValueError, match="--memory-price must be at least 0, not -1"):
+        run(folder, rows, memory_price=-1.0)
+    model = enable_selective_attention(AutoModelForCausalLM.from_pretrained(folder / "model"))
+    model.save_pretrained(folder / "model")
+    kept = {}
+    for price in (0.05, 20.0):
+        result, said = run(folder, rows, f"out {price}", memory_price=price, steps=20, learning_rate=1e-2)
+        kept[price] = result["validation share of context kept after"]
+        assert any("share of context kept" in line for line in said)
+        assert load_model(str(folder / f"out {price}")).config.selective_attention["layers"] == [0, 1]
+    assert kept[20.0] < 0.8 * kept[0.05]
+    plain, _ = run(folder, rows, "plain")
+    assert "validation share of context kept after" not in plain

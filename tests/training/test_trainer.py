@@ -13,7 +13,9 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, get_scheduler
 
 from trialist.data.collation import pack_rows
+from trialist.models import ModularDecoderConfig, ModularDecoderForCausalLM, enable_selective_attention, initialize_
 from trialist.objectives.cross_entropy import CrossEntropy
+from trialist.objectives.memory_loss import MemoryLoss
 from trialist.optimizers.adamw import adamw
 from trialist.training.fit import fit
 from trialist.training.schedules import Schedule
@@ -86,9 +88,9 @@ def logged(made, name="loss"):
     return [entry[name] for entry in made.state.log_history if name in entry]
 
 
-def fitted(model, batches, **options):
+def fitted(model, batches, *, objective=None, **options):
     return fit(
-        model, batches, CrossEntropy(), adamw(model, RATE), Schedule("cosine", warmup=WARMUP), {"steps": STEPS},
+        model, batches, objective or CrossEntropy(), adamw(model, RATE), Schedule("cosine", warmup=WARMUP), {"steps": STEPS},
         accumulate=ACCUMULATE, progress=False, **options,
     )  # fmt: skip
 
@@ -111,6 +113,46 @@ def test_losses_and_weights_are_those_of_fit(llama, tmp_path, batches, prepare):
     assert expected.losses[-1] < 0.999 * expected.losses[0]
     for name, weight in ours.state_dict().items():
         torch.testing.assert_close(theirs.state_dict()[name], weight, rtol=1e-4, atol=2e-5)
+
+
+def recurrent_core():
+    config = ModularDecoderConfig(
+        vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, depth="recurrent",
+        prelude_layers=1, core_layers=1, coda_layers=1, mean_recurrence=2, layer_types=["selective_attention"] * 3,
+    )  # fmt: skip
+    model = ModularDecoderForCausalLM(config)
+    initialize_(model, 3)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", pytest.param("recurrent core", marks=pytest.mark.slow)])
+def test_a_price_on_memory_trains_as_in_fit(llama, tmp_path, kind):
+    def made():
+        if kind == "recurrent core":
+            return recurrent_core()
+        model = enable_selective_attention(llama())
+        return adapted(model) if kind == "lora" else model
+
+    ours, theirs, objective = made(), made(), MemoryLoss(epsilon=0.7)
+    expected = fitted(ours, uneven, objective=objective)
+    run = trainer(tmp_path, theirs, rows_of(uneven), objective=objective)
+    run.train()
+    assert logged(run) == pytest.approx(expected.losses, rel=1e-5)
+    assert all(0 < share < 1 for share in logged(run, "memory"))
+    plain = fitted(made(), uneven)
+    assert expected.losses[0] == pytest.approx(plain.losses[0] + 0.7 * logged(run, "memory")[0], rel=1e-5)
+
+
+def test_a_price_on_memory_holds_under_autocast(llama, tmp_path):
+    losses = []
+    for options in ({}, {"bf16": True}):
+        model = adapted(enable_selective_attention(llama()))
+        run = trainer(tmp_path, model, rows_of(uneven), objective=MemoryLoss(epsilon=0.7), **options)
+        run.train()
+        losses.append(logged(run))
+        assert all(0 < share < 1 for share in logged(run, "memory"))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
 
 
 class StopAt(TrainerCallback):
@@ -320,3 +362,51 @@ def test_two_ranks_train_and_evaluate_like_one(tmp_path):
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert two["norm"] == pytest.approx(one["norm"], rel=1e-4)
     assert two["eval"] == pytest.approx(one["eval"], rel=1e-5)
+
+
+def expert_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from trialist.models import swap_ffn
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes))
+    return swap_ffn(model, [1], num_experts=49, num_heads=2, top_k=3, key_dim=6, learning_rate_scale=4.0)
+
+
+def test_the_optimizer_of_the_trainer_has_the_groups_that_modules_declare(tmp_path):
+    model = expert_model()
+    made = trainer(tmp_path, model, rows_of(uneven, 2), optimizers=(None, None), learning_rate=1e-3, weight_decay=0.1)
+    optimizer = made.create_optimizer()
+    experts = model.model.layers[1].mlp
+    of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(of) == sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    for table in (*experts.down, *experts.up):
+        assert (of[id(table)]["lr"], of[id(table)]["weight_decay"]) == (4e-3, 0.0)
+    assert [(of[id(keys)]["lr"], of[id(keys)]["weight_decay"]) for keys in experts.keys] == [(1e-3, 0.0)]
+    assert (of[id(experts.query_proj.weight)]["lr"], of[id(experts.query_proj.weight)]["weight_decay"]) == (1e-3, 0.1)
+    theirs = adamw(model, 1e-3, weight_decay=0.1)
+    for group in theirs.param_groups:
+        assert all(of[id(p)]["lr"] == group["lr"] for p in group["params"])
+
+
+def test_a_schedule_scales_the_rates_of_declared_groups_and_an_adapter_without_experts_has_none(tmp_path):
+    model = expert_model()
+    made = trainer(
+        tmp_path, model, rows_of(uneven, 4), optimizers=(None, None), learning_rate=1e-3, max_steps=4,
+        gradient_accumulation_steps=1, lr_scheduler_type="linear",
+    )  # fmt: skip
+    made.train()
+    rates = {group.get("name"): group["lr"] for group in made.optimizer.param_groups}
+    assert rates["peer_experts"] == pytest.approx(4 * rates["peer_keys"])
+    made = trainer(tmp_path, adapted(expert_model()), rows_of(uneven, 2), optimizers=(None, None))
+    assert {group.get("name") for group in made.create_optimizer().param_groups} == {None}
+
+
+def test_an_optimizer_that_was_passed_in_stays_as_it_is(tmp_path):
+    model = expert_model()
+    given = torch.optim.SGD(model.parameters(), 0.1)
+    made = trainer(tmp_path, model, rows_of(uneven, 2), optimizers=(given, None))
+    assert made.create_optimizer() is given
+    assert len(given.param_groups) == 1

@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 
 from tests.trials.conftest import arm_of, model_folder
+from trialist.trials._pruning import times_fewer_bytes
 from trialist.trials._text import load_rows
 from trialist.trials._text_trial import training_rows
 from trialist.trials.context_pruning import ContextPruningTrial
 
 SMALL = {
-    "layers": 2, "width": 16, "heads": 2, "length": 160, "batch": 2, "steps": 3, "test_bytes": 2_000, "calibration_rows": 2,
+    "layers": 2, "width": 16, "heads": 2, "length": 160, "batch": 2, "steps": 3, "test_bytes": 600, "calibration_rows": 2,
     "sinks": 1, "step": 40,
 }  # fmt: skip
 
@@ -20,33 +21,82 @@ def trial(text_file):
     return ContextPruningTrial(data=text_file, **SMALL)
 
 
+def shares_of(outcome):
+    return [float(note.split()[0]) for note in outcome.notes if "of all bytes" in note]
+
+
 def test_all_arms_spend_the_same_tokens_and_are_read_at_the_same_bytes(trial, run_arm):
     arms = [arm for arm in trial.arms() if arm.setting == "text"]
     outcomes = {arm.name: run_arm(trial, arm) for arm in arms}
     assert {outcome.cost.tokens for outcome in outcomes.values()} == {outcomes["recency"].cost.tokens}
+    names = {"bits_per_byte_of_pruned", "bits_lost_by_pruning", "bits_per_byte_of_full", "times_fewer_bytes"}
     for name, outcome in outcomes.items():
-        assert outcome.undefined == {}
-        assert set(outcome.metrics) == {"bits_per_byte_of_pruned", "bits_lost_by_pruning", "bits_per_byte_of_full"}
+        assert set(outcome.metrics) | set(outcome.undefined) == names
+        assert set(outcome.undefined) <= {"times_fewer_bytes"}
         assert 0 < outcome.metrics["bits_per_byte_of_pruned"] < 12
         if name != "full-cache":
-            shares = [float(note.split()[0]) for note in outcome.notes if "of all bytes" in note]
-            assert [
-                low <= share <= high
-                for share, low, high in zip(shares, (0.2, 0.1, 0.045, 0.01), (0.21, 0.12, 0.06, 1 / 32))
-            ]
+            shares = shares_of(outcome)
+            assert shares == pytest.approx([0.21, 0.12, 0.06, 0.0295], rel=0.1)
             assert shares[0] >= 1 / 5
             assert shares[-1] <= 1 / 32
-    same = "bits_per_byte_of_full"
-    assert outcomes["recency"].metrics[same] == outcomes["heavy-hitters"].metrics[same]
-    assert outcomes["recency"].metrics[same] == outcomes["full-cache"].metrics["bits_per_byte_of_pruned"]
+    of_full = {name: outcome.metrics["bits_per_byte_of_full"] for name, outcome in outcomes.items()}
+    assert of_full["recency"] == of_full["heavy-hitters"] == of_full["full-cache"]
+    assert of_full["selective"] == of_full["selective-recency"] == of_full["selective-heavy-hitters"]
+    assert len({of_full["recency"], of_full["selective"], of_full["selective-free"]}) == 3
+    pruned = [outcome.metrics["bits_per_byte_of_pruned"] for outcome in outcomes.values()]
+    assert len(set(pruned)) == len(pruned)
+    assert outcomes["full-cache"].metrics["bits_per_byte_of_pruned"] == of_full["recency"]
+    for name in ("recency", "heavy-hitters", "selective", "selective-free"):  # all are held against one mark
+        assert (
+            outcomes[name].notes[-1] == f"standard attention with a full cache: {of_full['recency']:.4f} bits per byte"
+        )
 
 
-def test_arms_of_one_attention_share_one_trained_model(trial, run_arm, tmp_path):
-    for name in ("recency", "heavy-hitters", "full-cache"):
-        run_arm(trial, arm_of(trial, name, "text"))
-    assert len(list((tmp_path / "stages").glob("model-*"))) == 1
-    run_arm(trial, arm_of(trial, "selective", "text"))
-    assert len(list((tmp_path / "stages").glob("model-*"))) == 2
+def test_arms_of_one_model_share_it_and_the_standard_model_that_sets_the_mark(trial, run_arm, tmp_path):
+    for names, models in (
+        (("recency", "heavy-hitters", "full-cache"), 1),
+        (("selective", "selective-recency", "selective-heavy-hitters"), 2),
+        (("selective-free",), 3),
+    ):
+        for name in names:
+            run_arm(trial, arm_of(trial, name, "text"))
+        assert len(list((tmp_path / "stages").glob("model-*"))) == models
+
+
+def test_the_learning_rate_is_chosen_once_for_each_trained_model(trial):
+    from trialist.engine.tuning import Tuned
+
+    rates = {"recency": 0.1, "selective": 0.2, "selective-free": 0.3}
+    arms = list(trial.arms())
+    assert {arm.name for arm in arms if arm.tune} == set(rates)
+    tuned = Tuned({name: {"learning_rate": rate} for name, rate in rates.items()}).apply(arms)
+    models = {(arm["attention"], arm["price"]) for arm in tuned}
+    assert len(models) == 3
+    for model in models:
+        assert len({arm["learning_rate"] for arm in tuned if (arm["attention"], arm["price"]) == model}) == 1
+
+
+@pytest.mark.parametrize(
+    ("points", "mark", "times"),
+    [
+        ([(0, 1.0), (-2, 2.0)], 1.5, 2.0),  # halfway between all bytes and a quarter of them, on a logarithmic scale
+        ([(0, 1.0), (-1, 1.0), (-3, 2.0)], 1.0, 2.0),  # half of the bytes are as good as all
+        ([(0, 1.1), (-1, 1.0), (-3, 2.0)], 1.0, 2.0),  # and here better
+        ([(0, 1.0), (-1, 2.0), (-2, 1.8)], 1.0, 1.0),
+    ],
+)
+def test_bytes_at_equal_quality_are_read_off_the_curve(points, mark, times):
+    assert times_fewer_bytes(points, mark).value == pytest.approx(times)
+
+
+@pytest.mark.parametrize(
+    ("mark", "words"),
+    [(0.9, "0.9000 is not reached: the best of the curve is 1.0000"), (2.5, "8.0 times fewer, reach 2.5000 already")],
+)
+def test_bytes_at_a_quality_beyond_the_curve_are_undefined_with_the_reason(mark, words):
+    reading = times_fewer_bytes([(0, 1.0), (-1, 1.5), (-3, 2.0)], mark)
+    assert reading.value is None
+    assert words in reading.reason
 
 
 def test_a_run_is_a_pure_function_of_its_seed(trial, run_arm, tmp_path):
@@ -71,14 +121,17 @@ def test_budgets_are_found_on_training_text_that_no_model_is_trained_on(trial, t
         training_rows(folder, len(every))
 
 
-def test_runs_that_tune_read_validation_text_only(trial, run_arm):
-    outcome = run_arm(trial, arm_of(trial, "heavy-hitters", "text"), seed=trial.tuning.seeds[0])
+def test_runs_that_tune_read_validation_text_with_everything_in_the_cache(trial, run_arm):
+    outcome = run_arm(trial, arm_of(trial, "recency", "text"), seed=trial.tuning.seeds[0])
     assert set(outcome.metrics) == {"validation_bits_per_byte"}
+    assert shares_of(outcome) == []
 
 
 def test_the_null_setting_has_shuffled_text_and_no_references(trial):
     null = [arm for arm in trial.arms() if arm.setting == "shuffled"]
-    assert {arm.name for arm in null} == {"recency", "heavy-hitters", "selective"}
+    assert {arm.role for arm in null} == {"control", "treatment"}
+    deciding = {arm.name for arm in trial.arms() if arm.setting == "text" and arm.role != "reference"}
+    assert {arm.name for arm in null} == deciding
     assert all(arm.null and arm.tune is None for arm in null)
 
 
@@ -96,7 +149,7 @@ def test_a_given_model_goes_through_the_same_path(text_file, llama_folder, run_a
     outcome = run_arm(trial, arm_of(trial, "selective", "text"), keep_model=True)
     run_arm(trial, arm_of(trial, "recency", "text"))
     budgets = get_budgets(load_model(str(model_folder(tmp_path))))
-    assert f"budgets {budgets}" in outcome.notes[-1]
+    assert f"budgets {budgets}" in [note for note in outcome.notes if "of all bytes" in note][-1]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 
 from tests.trials.conftest import arm_of
 from trialist.engine.context import Context
+from trialist.engine.contract import Outcome
 from trialist.models import load_model
 from trialist.trials.lifelong_experts import LifelongExpertsTrial, when_learned
 
@@ -95,6 +96,43 @@ def test_another_base_is_trained_where_its_inputs_change_and_only_then(trial, ru
     assert bases() == 1
     run_arm(dataclasses.replace(trial, base_steps=10), arm)
     assert bases() == 2
+
+
+GIVEN = {**SMALL, "layer": 0, "base_learning_rate": 1e-2}
+
+
+def test_a_given_model_goes_through_the_same_path(llama_folder, run_arm, tmp_path) -> None:
+    """Its base knows the facts with the experts in the layer that was named, whose growth is recorded for loading."""
+    trial = LifelongExpertsTrial(model=llama_folder, **GIVEN)
+    trial.check()
+    arms = [arm for arm in trial.arms() if arm.setting == MAIN]
+    outcomes = [run_arm(trial, arm, keep_model=True) for arm in arms]
+    assert len({outcome.cost.tokens for outcome in outcomes}) == 1
+    (base,) = [path for path in (tmp_path / "stages").rglob("model") if (path / "config.json").exists()]
+    assert load_model(str(base)).config.swapped_ffn["layers"] == [0]
+    assert load_model(str(base)).model.layers[0].mlp.num_experts == 64
+    kept = load_model(str(next(tmp_path.glob("*freeze-and-grow*/model"))))
+    assert kept.model.layers[0].mlp.num_experts == 100
+
+
+def test_the_treatment_of_a_given_model_leaves_all_that_was_there(llama_folder, tmp_path) -> None:
+    trial = LifelongExpertsTrial(model=llama_folder, **GIVEN)
+    before, after = trained(trial, "freeze-and-grow", tmp_path)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.0.mlp.{table}.1" for table in ("down", "up", "keys")}
+
+
+def test_rates_of_a_given_model_are_gentler_unless_they_are_set(llama_folder, monkeypatch, tmp_path) -> None:
+    rates = []
+    monkeypatch.setattr(
+        LifelongExpertsTrial,
+        "train_on",
+        lambda *given, learning_rate, **named: rates.append(learning_rate) or (Outcome(), {}),
+    )
+    for fields in ({}, {"model": llama_folder}, {"model": llama_folder, "base_learning_rate": 0.02}):
+        trial = LifelongExpertsTrial(**{**SMALL, **fields})
+        trial.build_base(Context(0, tmp_path, tmp_path), tmp_path / str(len(rates)))
+    assert rates == [5e-3, 3e-4, 0.02]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,9 @@ class Options(EvaluationOptions):
     """Benchmarks, also separated by commas: hellaswag, text:FILE, blimp:FOLDER"""
     model: str | None = None
     """Hub id, local folder or asset of a causal language model"""
+    num_steps: str | None = None
+    """Steps of a model with recurrent depth; several, as in 1,2,4,8, are compared, with the FLOPs of each; without it those of
+    its configuration"""
     seed: int = 0
     """Draws few-shot examples where they are drawn"""
     again: bool = False
@@ -48,16 +51,17 @@ def main(arguments: Sequence[str]) -> int:
     from trialist.evaluation.registry import options_for
 
     given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
-    loading = {name: getattr(options, name) for name in ("batch", "device", "dtype", "num_steps")}
+    loading = {name: getattr(options, name) for name in ("batch", "device", "dtype")}
     trials = [
-        ModelEvaluation(model=options.model, benchmark=name, **loading, **own)
+        ModelEvaluation(model=options.model, benchmark=name, num_steps=steps, **loading, **own)
         for name, own in options_for(names, given).items()
+        for steps in step_numbers(options.num_steps)
     ]
     records = run_alone(
         NAME, PATH, trials, seed=options.seed, ledger_path=ledger_path(options.ledger), command=command_line(),
         again=options.again, display=Display(Console(stderr=True)),
     )  # fmt: skip
-    results = [describe(record, trial.endpoints()) for record, trial in zip(records, trials)]
+    results = [describe(record, trial) for record, trial in zip(records, trials)]
     if options.json:
         print_json({"model": options.model, "evaluations": results})
     else:
@@ -73,6 +77,16 @@ def main(arguments: Sequence[str]) -> int:
             markup=False,
         )
     return 1 if failed else 0
+
+
+def step_numbers(text: str | None) -> list[int | None]:
+    """`1,2,4` as numbers; one None where nothing is said."""
+    if text is None:
+        return [None]
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--num-steps {text!r}: whole numbers of at least 1, separated by commas, such as 1,2,4,8")
+    return [int(part) for part in dict.fromkeys(parts)]
 
 
 def list_benchmarks(as_json: bool) -> int:
@@ -97,12 +111,15 @@ def list_benchmarks(as_json: bool) -> int:
     return 0
 
 
-def describe(record: Any, endpoints: Sequence[Any]) -> dict[str, Any]:
-    """What is printed of a run: metrics, the interval of the deciding one over items, run id."""
+def describe(record: Any, trial: ModelEvaluation) -> dict[str, Any]:
+    """What is printed of a run: metrics, the interval of the deciding one over items, run id; with recurrent depth its steps
+    and the FLOPs of a token."""
+    endpoints = trial.endpoints()
     found: dict[str, Any] = {
         "benchmark": record.setting, "run": record.id, "status": record.status, "seed": record.seed, "metrics": {},
         "items": 0, "interval": None, "tokens": None, "seconds": record.measured.get("wall_seconds"), "notes": [],
         "units": {endpoint.name: endpoint.unit for endpoint in endpoints}, "error": record.error,
+        "num_steps": trial.num_steps, "flops_per_token": None,
     }  # fmt: skip
     if record.outcome is None:
         return found
@@ -111,7 +128,9 @@ def describe(record: Any, endpoints: Sequence[Any]) -> dict[str, Any]:
     name = endpoints[0].name
     items = record.outcome.items[name]
     interval = item_interval(items.scores, items.clusters)
+    cost = record.outcome.cost
     return found | {
+        "flops_per_token": cost.flops / cost.tokens if cost.flops and cost.tokens else None,
         "metrics": dict(record.outcome.metrics),
         "items": len(items.ids),
         "interval": None if interval.low is None else {"metric": name, "low": interval.low, "high": interval.high},
@@ -127,18 +146,27 @@ def print_results(results: Sequence[Mapping[str, Any]]) -> None:
 
     out = console()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("benchmark", "metric", "value", "95 % interval", "items", "time", "run"):
-        table.add_column(column, justify="right" if column in ("value", "items", "time") else "left", no_wrap=True)
+    deep = any(result["num_steps"] for result in results)
+    depth = ("steps", "FLOPs a token") if deep else ()
+    for column in ("benchmark", *depth, "metric", "value", "95 % interval", "items", "time", "run"):
+        text = column in ("benchmark", "metric", "95 % interval", "run")
+        table.add_column(column, justify="left" if text else "right", no_wrap=True)
     parts: dict[str, list[tuple[str, float]]] = {}
     for result in results:
         head = True
         for name, value in result["metrics"].items():
             if "/" in name:
-                parts.setdefault(result["benchmark"], []).append((name, value))
+                steps = f" at {result['num_steps']} steps" if deep else ""
+                parts.setdefault(f"{result['benchmark']}{steps}", []).append((name, value))
                 continue
             interval = result["interval"] if result["interval"] and result["interval"]["metric"] == name else None
             table.add_row(
                 result["benchmark"] if head else "",
+                *(
+                    (str(result["num_steps"]), _count(result["flops_per_token"]))
+                    if deep and head
+                    else ("",) * len(depth)
+                ),
                 name + (f", {unit}" if (unit := result["units"].get(name)) and unit != name else ""),
                 number(value),
                 f"{number(interval['low'])} to {number(interval['high'])}" if interval else "",
@@ -163,3 +191,7 @@ def print_results(results: Sequence[Mapping[str, Any]]) -> None:
 
 def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4f}"
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"

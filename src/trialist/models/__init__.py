@@ -8,8 +8,10 @@ from trialist.models.decoder import (
     ModularDecoderForSequenceClassification,
     ModularDecoderModel,
 )
+from trialist.models.deterministic import deterministic_scoring
 from trialist.models.eviction.cache import EvictingCacheLayer, cache_bytes
-from trialist.models.eviction.calibration import calibrate_budgets, get_budgets, kv_bytes, memory_profile, set_budgets
+from trialist.models.eviction.calibration import calibrate_budgets, get_budgets, set_budgets
+from trialist.models.eviction.measure import kv_bytes
 from trialist.models.eviction.policies import HeavyHitters, Recency
 from trialist.models.eviction.swap import disable_eviction, enable_eviction
 from trialist.models.flops import flops_per_token
@@ -23,10 +25,11 @@ from trialist.models.recurrent_depth.cache import RecurrentDepthCache
 from trialist.models.recurrent_depth.convert import to_recurrent
 from trialist.models.recurrent_depth.health import recurrence_gain, token_correlation
 from trialist.models.recurrent_depth.loop import RecurrentDepth
-from trialist.models.recurrent_depth.steps import deterministic_scoring, set_mean_recurrence
+from trialist.models.recurrent_depth.steps import set_mean_recurrence, set_num_steps, with_steps
 from trialist.models.scoring import selected_logprobs
 from trialist.models.selective_attention.cache import SelectiveCacheLayer, StaticSelectiveCacheLayer
 from trialist.models.selective_attention.mixer import SelectiveAttention
+from trialist.models.selective_attention.profile import memory_profile
 from trialist.models.selective_attention.swap import disable_selective_attention, enable_selective_attention
 from trialist.models.swaps import swap_ffn
 
@@ -68,9 +71,11 @@ __all__ = [
     "selected_logprobs",
     "set_budgets",
     "set_mean_recurrence",
+    "set_num_steps",
     "swap_ffn",
     "to_recurrent",
     "token_correlation",
+    "with_steps",
 ]
 
 AutoConfig.register(ModularDecoderConfig.model_type, ModularDecoderConfig, exist_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ def selected_logprobs(
     labels: Tensor | None = None,
     chunk: int = 4096,
     outputs: Sequence[str] = ("log_probs",),
+    arguments: Mapping[str, Any] | None = None,
 ) -> Any:
     """log p(token t+1 | tokens up to t) in nats, `(B, T-1)` in float32 (float64 for a float64 model), 0 where not
     scored.
@@ -39,11 +40,14 @@ def selected_logprobs(
     Token t+1 is scored where `completion_mask[:, t+1]` is true; or where `labels[:, t+1]` is not -100, and then the
     label is the token; without either, wherever tokens t and t+1 are both no padding. `input_ids`, masks,
     `position_ids` and `labels` are `(B, T)`; an `attention_mask` may also say who sees whom, `(B, 1, T, T)`, as transformers
-    take it (bool, or to be added), and then `position_ids` are needed where they do not run through.
+    take it (bool, or to be added), and then `position_ids` are needed where they do not run through; models with recurrent
+    layers, which cannot honour it, refuse it.
 
     outputs: "log_probs" and "entropy" (of the whole next-token distribution, in nats); several come back as a tuple in
         that order. Gradients of all of them are exact.
     chunk: positions projected at once, at most; fewer where the vocabulary is large.
+    arguments: further ones of the model's forward pass, such as `num_steps` of recurrent depth. Without them a model is scored
+        with its `scoring_arguments`, where it has any: with recurrent depth no token exits early.
 
     Honours tied heads, biases, logit scaling and soft-capping, autocast, LoRA (also on the head). The first call for a
     model compares one position with the model's own logits. Raises ValueError for models whose logits are anything
@@ -58,7 +62,8 @@ def selected_logprobs(
 
     plain = _plain(model)
     head = _head(plain)
-    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    further = {**getattr(plain.base_model, "scoring_arguments", {}), **(arguments or {})}
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **further}
     padding = attention_mask is not None and attention_mask.dim() == 2
     if position_ids is None and padding and _takes(plain.base_model, "position_ids"):
         assert attention_mask is not None

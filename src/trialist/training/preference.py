@@ -68,6 +68,7 @@ class PreferenceTraining(Recipe):
     """Compute a prompt once for both its answers, where the model can; the training is the same, only slower without"""
 
     RATES: ClassVar = (5e-6, 5e-5)
+    COMPARES_PASSES: ClassVar = True
     SHOWN: ClassVar = {
         "eval_accuracy": "validation accuracy", "accuracy": "accuracy", "reward_margin": "margin of rewards",
     }  # fmt: skip

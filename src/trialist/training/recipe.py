@@ -108,6 +108,8 @@ class Recipe(ABC):
     """Default peak learning rates: of all weights, and of adapters"""
     SHOWN: ClassVar[Mapping[str, str]] = {}
     """Further names that the Trainer logs, and their words in a line of progress"""
+    COMPARES_PASSES: ClassVar[bool] = False
+    """Whether log-probabilities of several passes are compared, so that each must compute what a pass in evaluation does"""
 
     @abstractmethod
     def train(self, work: Work) -> Mapping[str, Any]:
@@ -329,20 +331,25 @@ class Recipe(ABC):
         sizes: what the result begins with. validated: numbers that a validation logs, and their words in the result.
         found: what else the trained trainer has to tell.
         """
+        from trialist.training.recurrence import alike_passes
+
         self._tell(work, trainer)
         began = time.perf_counter()
-        trainer.train(resume_from_checkpoint=work.output.start(work.say))
-        result = {
-            "model": self.output,
-            **sizes,
-            "steps": trainer.state.global_step,
-            "seconds": round(time.perf_counter() - began, 1),
-            **found(trainer),
-        }
-        if trainer.eval_dataset is not None:
-            for name, words in validated.items():
-                before, after = _first_and_last(trainer, name)
-                result |= {f"validation {words} before": round(before, 4), f"validation {words} after": round(after, 4)}
+        with alike_passes(trainer, compared=self.COMPARES_PASSES):
+            trainer.train(resume_from_checkpoint=work.output.start(work.say))
+            result = {
+                "model": self.output,
+                **sizes,
+                "steps": trainer.state.global_step,
+                "seconds": round(time.perf_counter() - began, 1),
+                **found(trainer),
+            }
+            if trainer.eval_dataset is not None:
+                for name, words in validated.items():
+                    before, after = _first_and_last(trainer, name)
+                    result |= {
+                        f"validation {words} before": round(before, 4), f"validation {words} after": round(after, 4)
+                    }  # fmt: skip
         if trainer.is_world_process_zero():
             trained = trainer.accelerator.unwrap_model(trainer.model)
             work.output.write(trained, work.tokenizer, result, merge=self.save == "merged")

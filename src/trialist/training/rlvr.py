@@ -72,6 +72,7 @@ class VerifiableRewards(Recipe):
     """Weight of that score; 0 leaves it out"""
 
     RATES: ClassVar = (1e-6, 1e-5)
+    COMPARES_PASSES: ClassVar = True
     SHOWN: ClassVar = {
         "accepted": "accepted", "eval_accepted": "validation accepted", "reward": "reward", "kl": "KL",
         "completions/mean_length": "tokens of an answer",

@@ -48,8 +48,6 @@ class EvaluationOptions:
     """auto, cpu or cuda"""
     dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = "float32"
     """Numbers that the model computes in; auto is the saved one"""
-    num_steps: int | None = None
-    """Steps of a model with recurrent depth; without it those of its configuration"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +60,8 @@ class ModelEvaluation(EvaluationOptions, Trial):
 
     model: str
     benchmark: str
+    num_steps: int | None = None
+    """Steps of a model with recurrent depth; None is those of its configuration"""
 
     @property
     def evaluation(self) -> Evaluation:
@@ -112,7 +112,15 @@ class ModelEvaluation(EvaluationOptions, Trial):
             from trialist.models.recurrent_depth.steps import set_num_steps
 
             set_num_steps(model, self.num_steps)
-        return measure(self.evaluation, model, tokenizer, context, batch=self.batch, seed=seed)
+        outcome = measure(self.evaluation, model, tokenizer, context, batch=self.batch, seed=seed)
+        if self.num_steps is None:
+            return outcome
+        from trialist.models.flops import flops_per_token
+        from trialist.models.loading import model_context
+
+        length = self.length or min(1024, model_context(self.model) or 1024)
+        flops = flops_per_token(model, length) * (outcome.cost.tokens or 0.0)
+        return dataclasses.replace(outcome, cost=dataclasses.replace(outcome.cost, flops=flops))
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""What the trials of recurrent depth share: models that learn to walk through a graph, and how they are read at many steps."""
+"""What the trials of recurrent depth share: their inputs, and models that learn to walk through a graph."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from trialist.trials._language_model import (
     new_decoder,
     train,
 )
+from trialist.trials._walk_readings import right, share_right
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +43,8 @@ class Walker:
 
     model: str
     kind: str
-    """`recurrent`; `once`, the same layers run once; `stack`, distinct layers of the training FLOPs of `recurrent`"""
+    """`recurrent`; `once`, the same layers run once; `stack`, distinct layers of the training FLOPs of `recurrent`;
+    `deep-stack`, of the FLOPs that `recurrent` takes to answer in twice its mean steps"""
     task: Task
     layers: tuple[int, int, int]
     """Of prelude, core and coda"""
@@ -86,13 +88,13 @@ class Walker:
             new_decoder, context, device=self.device, vocab_size=self.graph(context).size, hidden_size=self.width,
             num_attention_heads=self.heads, norm_style="sandwich", max_position_embeddings=longest + 2,
         )  # fmt: skip
-        if self.kind != "stack":
+        if self.kind in ("recurrent", "once"):
             return decoder(num_hidden_layers=sum(self.layers), depth="recurrent", recurrent=settings)
         from trialist.models.flops import flops_per_token
 
-        wanted = flops_per_token(
-            decoder(num_hidden_layers=sum(self.layers), depth="recurrent", recurrent=settings), longest, training=True
-        )
+        settings |= {"num_steps": 2 * self.recurrence}
+        recurrent = decoder(num_hidden_layers=sum(self.layers), depth="recurrent", recurrent=settings)
+        wanted = flops_per_token(recurrent, longest, training=self.kind == "stack")
         one, two = (flops_per_token(decoder(num_hidden_layers=layers), longest) for layers in (1, 2))
         return decoder(num_hidden_layers=1 + math.ceil((wanted - one) / (two - one)))
 
@@ -141,7 +143,7 @@ class Walker:
             steps=self.steps,
             learning_rate=self.learning_rate,
             dtype=self.dtype,
-            evaluate=lambda trained: {"accuracy_trained_hops": float(right(trained, held_out, symbols).float().mean())},
+            evaluate=lambda trained: {"accuracy_trained_hops": share_right(right(trained, held_out, symbols))},
             evaluations=5,
         )
         return model, outcome
@@ -188,7 +190,7 @@ class WalkTrial(Trial):
     steps: int = 900
     """Training steps"""
     learning_rate: float = 1.5e-3
-    """Peak learning rate where nothing was tuned"""
+    """Peak learning rate; where a small decoder's is tuned, the middle one of those tried"""
     test_items: int = 512
     """Test walks, each with an answer after every hop"""
     device: str = "auto"
@@ -220,11 +222,11 @@ class WalkTrial(Trial):
     def digests(self) -> Mapping[str, str]:
         return model_inputs(self.model, self.device)
 
-    def walker_of(self, task: Task, kind: str, learning_rate: float) -> Walker:
+    def walker_of(self, task: Task, kind: str, learning_rate: float, **changes: Any) -> Walker:
         names = {field.name for field in dataclasses.fields(Walker)} & set(self.__dataclass_fields__)
-        given = {name: getattr(self, name) for name in names - {"learning_rate"}}
+        given = {name: getattr(self, name) for name in names}
         given |= {"layers": layer_numbers(self.layers), "device": resolve_device(self.device)}
-        return Walker(task=task, kind=kind, learning_rate=learning_rate, **given)
+        return Walker(**{**given, "task": task, "kind": kind, "learning_rate": learning_rate, **changes})
 
 
 def layer_numbers(text: str) -> tuple[int, int, int]:
@@ -258,57 +260,3 @@ def load_stage(folder: Path, device: str) -> tuple[PreTrainedModel | None, Outco
     if outcome.diverged is not None:
         return None, outcome
     return load_model(str(folder), device=resolve_device(device)), outcome
-
-
-def right(model: Any, items: Mapping[str, Tensor], symbols: Tensor, *, batch: int = 256, **options: Any) -> Tensor:
-    """Whether each answer of each row is the most probable token, bool (B, answers), in one pass over whole rows."""
-    return predictions(model, items, symbols, batch=batch, **options)[0] == items["labels"][:, answered(items) + 1]
-
-
-def predictions(
-    model: Any, items: Mapping[str, Tensor], symbols: Tensor, *, batch: int = 256, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """The most probable token of the task after each place that asks for one, (B, answers), and the steps run there.
-
-    options: of recurrent depth, such as `num_steps`.
-    """
-    import torch
-
-    places = answered(items)
-    named = symbols[items["input_ids"]]
-    device = next(model.parameters()).device
-    found, taken = [], []
-    with torch.no_grad():
-        for part in named.to(device).split(batch):
-            output = model(input_ids=part, use_cache=False, **options)
-            best = output.logits[:, places].argmax(-1).cpu()  # (b, answers), the model's token ids
-            same = best[..., None] == symbols
-            found.append(same.int().argmax(-1).where(same.any(-1), -1))
-            steps = getattr(output, "num_steps", None)
-            taken.append(torch.ones_like(best) if steps is None else steps[:, places].cpu())
-    return torch.cat(found), torch.cat(taken)
-
-
-def decoded(model: Any, items: Mapping[str, Tensor], symbols: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """As `predictions`, token by token with a cache, as a text is generated."""
-    import torch
-    from transformers import DynamicCache
-
-    device, cache, found = next(model.parameters()).device, DynamicCache(), []
-    with torch.no_grad():
-        for token in symbols[items["input_ids"]].to(device).split(1, dim=1):
-            best = model(input_ids=token, past_key_values=cache, **options).logits[:, -1].argmax(-1).cpu()  # (B,)
-            same = best[:, None] == symbols
-            found.append(same.int().argmax(-1).where(same.any(-1), -1))
-    places = answered(items)
-    return torch.stack(found, 1)[:, places], cache.num_steps[:, places].cpu()  # type: ignore[attr-defined]
-
-
-def answered(items: Mapping[str, Tensor]) -> Tensor:
-    """Places whose next label is an answer; the same in every row."""
-    return (items["labels"][0, 1:] >= 0).nonzero()[:, 0]
-
-
-def by_hops(correct: Tensor, bands: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """Accuracy over bands of hops, both ends included. correct: (B, hops)."""
-    return {f"hops_{low}_{high}": float(correct[:, low - 1 : high].float().mean()) for low, high in bands}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,10 +79,10 @@ class RecurrentDepthCache(Cache):
             return cache
         if int(cache.get_seq_length()) > 0:
             held = f"{cache.slots} steps" if cache.exact else f"kv_slots={cache.slots}"
+            fewer = " (fewer steps may follow more)" if cache.exact and cache._core_is(DynamicLayer) else ""
             raise ValueError(
                 f"the cache was filled with {held} and the call says num_steps={steps}, kv_slots={kv_slots}; its tokens have no "
-                "keys where that would look. Go on with the same numbers (fewer steps may follow more), or start from an "
-                "empty cache"
+                f"keys where that would look. Go on with the same numbers{fewer}, or start from an empty cache"
             )
         coda = len(cache.layers) - cache.coda_layers
         cache.layers = [*cache.layers[: cache.prelude_layers + cache.core_layers], *cache.layers[coda:]]
@@ -95,29 +96,48 @@ class RecurrentDepthCache(Cache):
         indices = [*range(self.prelude_layers), *range(first, first + self.core_layers), *range(coda, len(self.layers))]
         return SlotView(self, indices)
 
+    def of_layer(self, index: int) -> list[Any]:
+        """The cache layers of one layer of the model, of all slots."""
+        if index < self.prelude_layers:
+            return [self.layers[index]]
+        if index >= self.prelude_layers + self.core_layers:
+            return [self.layers[index + (self.slots - 1) * self.core_layers]]
+        return [self.layers[index + slot * self.core_layers] for slot in range(self.slots)]
+
+    def _core_is(self, *kinds: type) -> bool:
+        return all(type(layer) in kinds for layer in self._core(0))
+
+    def _core(self, step: int) -> list[Any]:
+        """The layers of the core in the slot of `step`."""
+        return self.view(step).layers[self.prelude_layers : self.prelude_layers + self.core_layers]
+
+    def require(self, steps: int) -> None:
+        """Raises ValueError, before anything is written, where the core's layers cannot do what a pass of `steps` steps needs:
+        take a token back out of a slot that steps share, or stand in for the steps that are left out."""
+        for layer in self._core(0):
+            kind = type(layer)
+            if steps > self.slots and kind is not StaticLayer and not getattr(layer, "is_croppable", False):
+                raise ValueError(
+                    f"kv_slots: {kind.__name__} cannot take a token back, so steps cannot share a slot; leave kv_slots None, "
+                    "which keeps every step's"
+                )
+            if steps < self.slots and kind is not DynamicLayer:
+                raise ValueError(
+                    f"the cache has slots for {self.slots} steps and {steps} are to be run; a {kind.__name__} cannot stand in "
+                    f"for the others: give num_steps={self.slots}, or start from an empty cache"
+                )
+
     def take_back(self, step: int, tokens: int) -> None:
         """Removes the latest tokens from the slot of `step`, which is about to write them anew."""
-        for layer in self.view(step).layers[self.prelude_layers : self.prelude_layers + self.core_layers]:
+        for layer in self._core(step):
             if type(layer) is StaticLayer:
                 layer.cumulative_length.sub_(tokens)
-            elif getattr(layer, "is_croppable", False):
-                layer.crop(-tokens)
             else:
-                raise ValueError(
-                    f"kv_slots: {type(layer).__name__} cannot take a token back, so steps cannot share a slot; leave "
-                    "kv_slots None, which keeps every step's"
-                )
+                layer.crop(-tokens)
 
     def fill(self, done: int, tokens: int) -> None:
         """Gives the latest tokens, which ran `done` steps, their last keys and values in the slots of all later steps."""
-        last = self.view(done - 1)
-        for j in range(self.prelude_layers, self.prelude_layers + self.core_layers):
-            layer = last.layers[j]
-            if type(layer) is not DynamicLayer:
-                raise ValueError(
-                    f"the cache has slots for {self.slots} steps and {done} were run; a {type(layer).__name__} cannot stand "
-                    f"in for the others: give num_steps={self.slots}, or start from an empty cache"
-                )
+        for j, layer in enumerate(self._core(done - 1), start=self.prelude_layers):
             keys, values = layer.keys[..., -tokens:, :], layer.values[..., -tokens:, :]
             for step in range(done, self.slots):
                 self.view(step).update(keys, values, j)
@@ -165,11 +185,28 @@ def _recurrent(kind: type[Cache]) -> type[RecurrentDepthCache]:
     return type(f"RecurrentDepth{kind.__name__}", (RecurrentDepthCache, kind), {})
 
 
+class _Layers(Sequence[Any]):
+    """Chosen layers of a cache; what is put in the place of one stands in the cache itself."""
+
+    def __init__(self, cache: RecurrentDepthCache, indices: list[int]) -> None:
+        self.cache, self.indices = cache, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: Any) -> Any:
+        chosen = self.indices[place]
+        return [self.cache.layers[index] for index in chosen] if isinstance(place, slice) else self.cache.layers[chosen]
+
+    def __setitem__(self, place: int, layer: Any) -> None:
+        self.cache.layers[self.indices[place]] = layer
+
+
 class SlotView(Cache):
     """The layers of a `RecurrentDepthCache` that one step uses, at the indices that the model's layers have."""
 
     def __init__(self, cache: RecurrentDepthCache, indices: list[int]) -> None:
-        super().__init__(layers=[cache.layers[index] for index in indices])
+        super().__init__(layers=_Layers(cache, indices))  # type: ignore[arg-type]
         self.cache, self.indices = cache, indices
 
     def update(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def to_recurrent(
         if not config.tie_word_embeddings:
             target.lm_head.weight.copy_(weights["lm_head.weight"])
         start_from_identity(depth.core)
-    target.generation_config = source.generation_config
+    target.generation_config = copy.deepcopy(source.generation_config)
     return target.to(device=source.device, dtype=source.dtype).train(source.training)
 
 
@@ -137,6 +138,11 @@ def _refuse(model: PreTrainedModel) -> None:
     """Words for every model whose computation the decoder cannot repeat."""
     name, config = type(model).__name__, model.config
     advice = f"to_recurrent takes causal Llama, Mistral and Qwen2 models and our own stack, not {name}"
+    if getattr(config, "swapped_ffn", None) is not None:
+        raise ValueError(
+            f"layers {config.swapped_ffn['layers']} of {name} were swapped; call to_recurrent first, and swap_ffn on what it "
+            "returns"
+        )
     if isinstance(model, ModularDecoderForCausalLM):
         if config.depth != "stack":
             raise ValueError(f"{name} has depth={config.depth!r} already; to_recurrent starts from depth='stack'")

@@ -21,18 +21,21 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from trialist.models.recurrent_depth.cache import RecurrentDepthCache, SlotView
-from trialist.models.recurrent_depth.settings import RecurrentSettings
+from trialist.models.recurrent_depth.settings import LATENT, RecurrentSettings
 
-LATENT = ("latent_diff", "cosine")
+Inputs = tuple[Tensor, dict[str, Any]]
+"""What the core takes beside the state: e `(A, T, d)`, and the arguments of its blocks"""
+LEAST_PROBABLE = 0.1
+"""Of `minp_kl`: share of the largest probability below which a token does not count. The paper does not name it; our reading"""
 
 
 def change(criterion: str, now: Tensor, before: Tensor) -> Tensor:
     """How much a look differs from the one before, `(..., n)` to `(...)` in float32.
 
-    kl: KL(before || now) of log-probabilities.  entropy_diff: |H(now) - H(before)|.  latent_diff: ||now - before|| / ||now||.
-    cosine: 1 - cos(now, before).
+    kl: KL(before || now) of log-probabilities.  minp_kl: the same of those that `without_improbable` gives.
+    entropy_diff: |H(now) - H(before)|.  latent_diff: ||now - before|| / ||now||.  cosine: 1 - cos(now, before).
     """
-    if criterion == "kl":
+    if criterion in ("kl", "minp_kl"):
         return (before.exp() * (before - now)).sum(-1)
     if criterion == "entropy_diff":
         return ((now.exp() * now).sum(-1) - (before.exp() * before).sum(-1)).abs()
@@ -42,11 +45,19 @@ def change(criterion: str, now: Tensor, before: Tensor) -> Tensor:
     return 1.0 - torch.nn.functional.cosine_similarity(now, before, dim=-1)
 
 
+def without_improbable(log_probs: Tensor) -> Tensor:
+    """Log-probabilities `(..., V)` in which each token below `LEAST_PROBABLE` of the best has 1/V, made to add up to 1 again."""
+    p = log_probs.exp()
+    p = torch.where(p < LEAST_PROBABLE * p.amax(-1, keepdim=True), 1 / p.shape[-1], p)
+    return (p / p.sum(-1, keepdim=True)).log()
+
+
 class ExitPass:
     """The loop of one call in which tokens stop by themselves.
 
-    step: (state, rows, caches) -> next state, of the rows given. logits: (state, rows, caches) -> logits of the coda and head;
-    needed by criteria that read distributions. rows: indices (A,), None for all.
+    select: rows -> what the core takes of them beside the state. step: (state, inputs, caches) -> next state. logits: (state,
+    inputs, caches) -> logits of the coda and head; needed by criteria that read distributions. rows: indices (A,), None for
+    all. The layers of the cache are ones that `require_dynamic` accepts.
     """
 
     def __init__(
@@ -54,15 +65,14 @@ class ExitPass:
         settings: RecurrentSettings,
         steps: int,
         cache: RecurrentDepthCache | None,
-        step: Callable[[Tensor, Tensor | None, Cache], Tensor],
-        logits: Callable[[Tensor, Tensor | None, Cache | None], Tensor],
+        select: Callable[[Tensor | None], Inputs],
+        step: Callable[[Tensor, Inputs, Cache], Tensor],
+        logits: Callable[[Tensor, Inputs, Cache | None], Tensor],
     ) -> None:
         self.settings, self.steps, self.cache = settings, steps, cache
-        self.step, self.logits = step, logits
+        self.select, self.step, self.logits = select, step, logits
         self.held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         """Latest keys and values of the tokens of this call, all rows, by (shared slot, layer)"""
-        if cache is not None:
-            _require_dynamic(cache, settings.exit_criterion)
 
     def __call__(
         self, state: Tensor, active: Tensor, keep: Callable[[Tensor], None] | None
@@ -72,34 +82,36 @@ class ExitPass:
         state: s_0 (B, T, d). active: bool (B, T), False at padding. keep: told every state.
         """
         settings, taken = self.settings, torch.zeros_like(active, dtype=torch.long)
-        looks, rows = Looks(settings, state), None
+        looks, rows, inputs = Looks(settings, state), None, self.select(None)
         for i in range(self.steps):
             self.index, self.active, self.rows = i, active, rows
             if self.cache is not None and i >= self.cache.slots:
                 self.cache.take_back(i, state.shape[1])
             part, alive = _rows(state, rows), _rows(active, rows)
-            part = torch.where(alive[..., None], self.step(part, rows, HoldingView(self)), part)
+            part = torch.where(alive[..., None], self.step(part, inputs, HoldingView(self)), part)
             state = part if rows is None else state.index_copy(0, rows, part)
             if keep is not None:
                 keep(state)
             taken += active
             if looks.due(i + 1) and i + 1 < self.steps:
-                seen = part if settings.exit_criterion in LATENT else self._log_probs(part, rows)
+                seen = part if settings.exit_criterion in LATENT else self._log_probs(part, rows, inputs)
                 done = looks(seen, rows, exits=i + 1 >= settings.min_steps)
                 if done is not None:
                     alive = alive & ~done
                     active = alive if rows is None else active.index_copy(0, rows, alive)
-                    rows = active.any(1).nonzero()[:, 0]
-                    if len(rows) == 0:
+                    left = active.any(1).nonzero()[:, 0]
+                    if len(left) == 0:
                         break
-                    rows = None if len(rows) == len(active) else rows
+                    if len(left) < len(part):
+                        rows, inputs = left, self.select(left)
         if self.cache is not None and i + 1 < self.cache.slots:
             self.cache.fill(i + 1, state.shape[1])
         return state, taken
 
-    def _log_probs(self, state: Tensor, rows: Tensor | None) -> Tensor:
+    def _log_probs(self, state: Tensor, rows: Tensor | None, inputs: Inputs) -> Tensor:
         view = None if self.cache is None else PeekingView(self.cache, rows)
-        return self.logits(state, rows, view).float().log_softmax(-1)  # (A, T, V)
+        log_probs = self.logits(state, inputs, view).float().log_softmax(-1)  # (A, T, V)
+        return without_improbable(log_probs) if self.settings.exit_criterion == "minp_kl" else log_probs
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values (A, G, S, D) that a core layer attends to, after those of active tokens were written."""
@@ -191,7 +203,8 @@ class PeekingView(SlotView):
         return torch.cat([past[0], key_states], dim=-2), torch.cat([past[1], value_states], dim=-2)
 
 
-def _require_dynamic(cache: RecurrentDepthCache, criterion: str | None) -> None:
+def require_dynamic(cache: RecurrentDepthCache, criterion: str) -> None:
+    """Raises ValueError for a cache in which a row cannot stop before the others."""
     other = {type(layer).__name__ for layer in cache.layers[cache.prelude_layers :] if type(layer) is not DynamicLayer}
     if other:
         raise ValueError(

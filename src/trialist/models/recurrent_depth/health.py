@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trialist.models.recurrent_depth.settings import settings_of
+from trialist.models.recurrent_depth.settings import settings_of, whole
 from trialist.models.recurrent_depth.steps import depth_of
 from trialist.models.scoring import selected_logprobs
 
@@ -44,23 +44,25 @@ def recurrence_gain(
     """Loss at one step minus loss at `num_steps` (None: those of evaluation), in nats per scored token.
 
     input_ids, attention_mask, labels: `(B, T)`; without labels every real token that has one before it is scored.
-    Near 0, the model ignores its state: the second of the paper's failed runs.
+    Near 0, the model ignores its state: the second of the paper's failed runs. Modes of the model's modules are left as they
+    were. Raises ValueError for a number of steps below 1.
     """
     depth = depth_of(model)
+    steps = settings_of(depth.config).steps if num_steps is None else whole("num_steps", num_steps)
     if labels is None:
         labels = next_token_labels(input_ids, attention_mask)
-    training, fixed = model.training, depth.fixed_steps
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    losses = []
     try:
-        for steps in (1, num_steps or settings_of(depth.config).steps):
-            depth.fixed_steps = steps
-            scored = selected_logprobs(model, input_ids, attention_mask, labels=labels)
-            losses.append(-float(scored.sum() / (labels[:, 1:] != -100).sum()))
+        scored = (
+            selected_logprobs(model, input_ids, attention_mask, labels=labels, arguments={"num_steps": taken})
+            for taken in (1, steps)
+        )
+        once, often = (-float(values.sum() / (labels[:, 1:] != -100).sum()) for values in scored)
     finally:
-        depth.fixed_steps = fixed
-        model.train(training)
-    return losses[0] - losses[1]
+        for module, mode in modes.items():
+            module.training = mode
+    return once - often
 
 
 def next_token_labels(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -17,11 +17,10 @@ B batch, T time, d hidden size, r steps, k steps with gradient
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +30,22 @@ from transformers import initialization as init
 from trialist.models.configuration import ModularDecoderConfig
 from trialist.models.decoder import DecoderBlock
 from trialist.models.recurrent_depth.cache import RecurrentDepthCache
-from trialist.models.recurrent_depth.exit import ExitPass
+from trialist.models.recurrent_depth.exit import ExitPass, require_dynamic
 from trialist.models.recurrent_depth.sampling import counter_normal, expected_steps, sample_recurrence
 from trialist.models.recurrent_depth.settings import (
     CALL_OPTIONS,
+    LATENT,
     RecurrentSettings,
     check_exit,
+    check_speculation,
     effective_depth,
     layer_counts,
     settings_of,
     split_steps,
 )
+
+if TYPE_CHECKING:
+    from trialist.models.deterministic import Scoring
 
 
 class RecurrentDepth(nn.Module):
@@ -50,9 +54,12 @@ class RecurrentDepth(nn.Module):
     Call options, arguments of `forward` and `generate`: `num_steps` (an int, or a pair of steps without and with gradient),
     `kv_slots`, `exit_criterion`, `exit_threshold`, `min_steps`, `check_every`, `warm_start`; see `RecurrentSettings`.
     `output_latent_states=True` adds s_0 to s_r to the output, which always tells the steps that each token ran.
+    Of the options in a call, None switches `exit_criterion` and `kv_slots` off, and for the others says nothing.
     """
 
     call_options = (*CALL_OPTIONS, "output_latent_states")
+    scoring_arguments = {"exit_criterion": None}
+    """Log-probabilities of a text are those of all steps, unless somebody asks for others"""
     reads_head = True
     trains_without_cache = True
     """A training pass of random depth leaves nothing that a later pass could go on from"""
@@ -68,7 +75,7 @@ class RecurrentDepth(nn.Module):
         self.coda = nn.ModuleList(blocks[prelude + core :])
         self.pinned = False
         """Whether calls cannot change the settings: a draft model is called with the options of the model it drafts for"""
-        self.fixed_steps: int | None = None
+        self.scoring: Scoring | None = None
         """Set by `deterministic_scoring`"""
         self.by_step = False
         """Whether a callback sets `passes`; otherwise training passes count themselves"""
@@ -91,7 +98,7 @@ class RecurrentDepth(nn.Module):
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             init.zeros_(module.weight[module.padding_idx])
 
-    # a graph break around the loop, whose length varies; the blocks inside are compiled
+    # a graph break around the loop, whose length varies; the core and the blocks inside are compiled
     @torch.compiler.disable(recursive=False)
     def forward(
         self,
@@ -107,40 +114,38 @@ class RecurrentDepth(nn.Module):
 
         norm: the final norm, which also stands after the loop. head: for exit criteria that read distributions.
         """
-        options = {name: kwargs.pop(name, None) for name in CALL_OPTIONS}
+        options = {name: kwargs.pop(name) for name in CALL_OPTIONS if name in kwargs}
         checkpointed = self.training and any(block.gradient_checkpointing for block in self.core.blocks)
         if checkpointed:
             past_key_values = None  # as transformers does, and says, in each checkpointed layer
         settings, (without, with_gradient), index = self._plan(options, past_key_values)
         steps = without + with_gradient
+        if settings.exit_criterion is not None:
+            self._require_exits(settings, head, checkpointed, kwargs)
         cache = None
         if past_key_values is not None:
             cache = RecurrentDepthCache.upgrade(past_key_values, self.config, steps, settings.kv_slots)
+            cache.require(steps)
             _require_same_rows(cache, len(x))
-        padding_mask = kwargs.get("padding_mask")
+            if settings.exit_criterion is not None:
+                require_dynamic(cache, settings.exit_criterion)
+        if index is not None and torch.is_grad_enabled() and not self.by_step:
+            self.passes += 1
 
+        padding_mask = kwargs.get("padding_mask")
         scale = settings.embedding_scale
         if scale is not None:
             x = x * (math.sqrt(self.config.hidden_size) if scale == "sqrt_width" else scale)
         outer = None if cache is None else cache.view(0)
-        fresh = cache is None or int(cache.get_seq_length()) == 0
         for block in self.prelude:
             x = block(x, past_key_values=outer, **kwargs)
-        state = self._first_state(x, settings, cache, fresh, index, kwargs["position_ids"], padding_mask)
+        state = self._first_state(x, settings, cache, index, kwargs["position_ids"], padding_mask)
         states = [state]
         keep = states.append if output_latent_states else None
 
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if padding_mask is None else padding_mask
         if settings.exit_criterion is not None:
-            if checkpointed:
-                raise ValueError(
-                    "exit_criterion holds keys and values, which layers under gradient checkpointing cannot; switch it off "
-                    "while generating"
-                )
-            run = self._exit_pass(x, settings, steps, cache, norm, head, kwargs)
-            active = (
-                torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if padding_mask is None else padding_mask
-            )
-            state, taken = run(state, active, keep)
+            state, taken = self._exit_pass(x, settings, steps, cache, norm, head, kwargs)(state, real, keep)
         else:
             for step in range(steps):
                 with torch.set_grad_enabled(torch.is_grad_enabled() and step >= without):
@@ -152,7 +157,7 @@ class RecurrentDepth(nn.Module):
                     keep(state)
             if cache is not None and steps < cache.slots:
                 cache.fill(steps, x.shape[1])
-            taken = torch.full(x.shape[:2], steps, device=x.device)
+            taken = real.long() * steps
 
         if cache is not None:
             cache.note(taken, state[:, -1:].detach() if settings.warm_start else None)
@@ -165,70 +170,95 @@ class RecurrentDepth(nn.Module):
             y = block(y, **kwargs)
         return y
 
+    @torch.compiler.disable
     def _plan(
         self, options: Mapping[str, Any], cache: Cache | None
     ) -> tuple[RecurrentSettings, tuple[int, int], int | None]:
         """Settings of this call, steps without and with gradient, and the index of the training pass (None outside)."""
-        if self.pinned:
-            options = {}
-        settings = settings_of(self.config, {**options, "num_steps": None})
-        num_steps, draws = options.get("num_steps"), self.training and cache is None and self.fixed_steps is None
-        if num_steps is None:
-            num_steps = self.fixed_steps
-        if options.get("exit_criterion") is not None:
-            if self.training and torch.is_grad_enabled():
-                raise ValueError("exit_criterion belongs to evaluation: a pass that is trained runs all its steps")
-            check_exit(settings, list(self.config.layer_types or []), len(self.prelude), len(self.core.blocks))
-        elif draws:
-            settings = dataclasses.replace(settings, exit_criterion=None)
-        index = None
-        if draws:
-            index = int(self.passes)
-            if num_steps is None:
-                num_steps = sample_recurrence(
-                    settings.seed, index, settings.mean_recurrence, settings.recurrence_sigma, settings.train_recurrence
-                )
-                _require_same_on_all_ranks(num_steps)
-            if torch.is_grad_enabled() and not self.by_step:
-                self.passes += 1
+        options = {} if self.pinned else dict(options)
+        draws = self.training and cache is None and self.scoring is None
+        trained = self.training and torch.is_grad_enabled()
+        if trained and options.get("exit_criterion") is not None:
+            raise ValueError("exit_criterion belongs to evaluation: a pass that is trained runs all its steps")
+        if trained or draws or self.scoring is not None:
+            options.setdefault("exit_criterion", None)
+        num_steps = options.pop("num_steps", None)
+        if num_steps is None and self.scoring is not None:
+            num_steps = self.scoring.num_steps
+        settings = settings_of(self.config, options)
+        index = int(self.passes) if draws else None
+        if index is not None and num_steps is None:
+            num_steps = sample_recurrence(
+                settings.seed, index, settings.mean_recurrence, settings.recurrence_sigma, settings.train_recurrence
+            )
+            _require_same_on_all_ranks(num_steps)
         split = split_steps(settings.steps if num_steps is None else num_steps, settings.backprop_depth)
+        if settings.exit_criterion is not None:
+            check_exit(settings, self.config, sum(split))
         if settings.kv_slots is not None and settings.kv_slots > sum(split):
             warnings.warn(
                 f"kv_slots is {settings.kv_slots}, more than the {sum(split)} steps that use them", stacklevel=4
             )
         return settings, split, index
 
+    def _require_exits(
+        self, settings: RecurrentSettings, head: nn.Module | None, checkpointed: bool, arguments: Mapping[str, Any]
+    ) -> None:
+        """Raises ValueError for a pass in which no token can exit by itself."""
+        if checkpointed:
+            raise ValueError(
+                "exit_criterion holds keys and values, which layers under gradient checkpointing cannot; switch it off "
+                "while generating"
+            )
+        if settings.exit_criterion not in LATENT and head is None:
+            raise ValueError(
+                f"exit_criterion={settings.exit_criterion!r} reads next-token distributions and there is no language-model "
+                "head in this pass; use 'latent_diff' or 'cosine', or call the model with its head"
+            )
+        for name, instead in (("output_hidden_states", "; take output_latent_states"), ("output_attentions", "")):
+            if arguments.get(name, getattr(self.config, name, False)):
+                raise ValueError(
+                    f"{name} with exit_criterion={settings.exit_criterion!r}: the layers see fewer rows at each step, and those "
+                    f"of the coda also in between{instead}, or give exit_criterion=None"
+                )
+
+    @torch.compiler.disable
     def _first_state(
         self,
         e: Tensor,
         settings: RecurrentSettings,
         cache: RecurrentDepthCache | None,
-        fresh: bool,
         index: int | None,
         position_ids: Tensor,
         padding_mask: Tensor | None,
     ) -> Tensor:
         """s_0 `(B, T, d)`: noise, zeros, or at a warm start the last state of the token before."""
         B, T, d = e.shape
-        if settings.warm_start and T == 1 and cache is not None and cache.last_state is not None:
-            return cache.last_state.to(e.dtype)
+        offset, waiting = position_ids[:, :1], None  # (B | 1, 1): position of the first real token
+        if padding_mask is not None:
+            offset = position_ids.expand(B, T).gather(1, padding_mask.int().argmax(1, keepdim=True))
+        if cache is not None:
+            if cache.num_steps is not None and cache.offset is not None:
+                waiting = (cache.num_steps == 0).all(1, keepdim=True)  # rows that have had nothing but padding so far
+                offset = torch.where(waiting, offset, cache.offset)
+            cache.offset = offset.expand(B, 1)
         if settings.state_init == "zero":
-            return torch.zeros_like(e)
-        offset = None
-        if fresh and padding_mask is not None:
-            first = padding_mask.int().argmax(1, keepdim=True)
-            offset = position_ids.expand(B, T).gather(1, first)  # (B, 1)
-            if cache is not None:
-                cache.offset = offset
-        elif cache is not None:
-            offset = cache.offset
-        if offset is not None:
-            position_ids = position_ids - offset
-        rows, key = None, (settings.seed, -1)
-        if index is not None:
-            rows, key = torch.arange(B, device=e.device)[:, None], (settings.seed, index)
-        noise = counter_normal(key, position_ids, d, settings.s0_std(), rows)
-        return noise.to(e.dtype).expand(B, T, d)
+            s0 = torch.zeros_like(e)
+        else:
+            rows, key = None, (settings.seed, -1)
+            if index is not None:
+                rows, key = torch.arange(B, device=e.device)[:, None], (settings.seed, index)
+            noise = counter_normal(key, position_ids - offset, d, settings.s0_std(), rows).to(e.dtype)
+            s0 = noise.expand(B, T, d).contiguous()  # strides of later states, which compiled code is made for
+        if (
+            settings.warm_start
+            and T == 1
+            and waiting is not None
+            and cache is not None
+            and cache.last_state is not None
+        ):
+            return torch.where(waiting[..., None], s0, cache.last_state.to(e.dtype))
+        return s0
 
     def _exit_pass(
         self,
@@ -240,36 +270,27 @@ class RecurrentDepth(nn.Module):
         head: nn.Module | None,
         arguments: dict[str, Any],
     ) -> ExitPass:
-        if settings.exit_criterion not in ("latent_diff", "cosine") and head is None:
-            raise ValueError(
-                f"exit_criterion={settings.exit_criterion!r} reads next-token distributions and there is no language-model "
-                "head in this pass; use 'latent_diff' or 'cosine', or call the model with its head"
-            )
-        if settings.min_steps > steps:
-            raise ValueError(f"min_steps is {settings.min_steps}, more than num_steps, which is {steps}")
-        chosen: dict[int, tuple[Tensor | None, Tensor, dict[str, Any]]] = {}
+        def select(rows: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
+            return (e, arguments) if rows is None else (e[rows], _select(arguments, rows, len(e)))
 
-        def of_rows(rows: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
-            if id(rows) not in chosen:
-                chosen.clear()
-                selected = (e, arguments) if rows is None else (e[rows], _select(arguments, rows, len(e)))
-                chosen[id(rows)] = (rows, *selected)
-            return chosen[id(rows)][1:]
+        def step(state: Tensor, inputs: tuple[Tensor, dict[str, Any]], view: Cache) -> Tensor:
+            return self.core(state, inputs[0], past_key_values=view, **inputs[1])
 
-        def step(state: Tensor, rows: Tensor | None, view: Cache) -> Tensor:
-            inputs, own = of_rows(rows)
-            return self.core(state, inputs, past_key_values=view, **own)
-
-        def logits(state: Tensor, rows: Tensor | None, view: Cache | None) -> Tensor:
+        def logits(state: Tensor, inputs: tuple[Tensor, dict[str, Any]], view: Cache | None) -> Tensor:
             assert head is not None
-            return head(norm(self._through_coda(state, norm, settings, past_key_values=view, **of_rows(rows)[1])))
+            return head(norm(self._through_coda(state, norm, settings, past_key_values=view, **inputs[1])))
 
-        return ExitPass(settings, steps, cache, step, logits)
+        return ExitPass(settings, steps, cache, select, step, logits)
 
-    def prepare_cache(self, cache: Cache, options: Mapping[str, Any]) -> None:
-        """Arranges an empty cache for the steps of a generation, and checks its options before it starts."""
-        settings, split, _ = self._plan({name: options.get(name) for name in CALL_OPTIONS}, cache)
-        RecurrentDepthCache.upgrade(cache, self.config, sum(split), settings.kv_slots)
+    def prepare_cache(self, cache: Cache, options: Mapping[str, Any], *, speculates: bool = False) -> None:
+        """Arranges an empty cache for the steps of a generation, and checks its options before it starts.
+
+        speculates: whether drafted tokens are checked several at once.
+        """
+        settings, split, _ = self._plan({name: options[name] for name in CALL_OPTIONS if name in options}, cache)
+        if speculates:
+            check_speculation(settings, self.config, sum(split))
+        RecurrentDepthCache.upgrade(cache, self.config, sum(split), settings.kv_slots).require(sum(split))
 
 
 class Core(nn.Module):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,16 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "injection": ("concat", "add"),
     "state_init": ("normal", "zero"),
     "initialization": ("default", "takase"),
-    "exit_criterion": (None, "kl", "entropy_diff", "latent_diff", "cosine", "argmax"),
+    "exit_criterion": (None, "kl", "minp_kl", "entropy_diff", "latent_diff", "cosine", "argmax"),
 }
-THRESHOLDS = {"kl": 5e-4, "entropy_diff": 1e-3, "latent_diff": 0.03, "cosine": 1e-3, "argmax": 5}
+THRESHOLDS = {"kl": 5e-4, "minp_kl": 1e-5, "entropy_diff": 1e-3, "latent_diff": 0.03, "cosine": 1e-3, "argmax": 5}
 """Where a token exits when no threshold is given; that of `kl` is the paper's"""
-CALL_OPTIONS = ("num_steps", "kv_slots", "exit_criterion", "exit_threshold", "min_steps", "check_every", "warm_start")
+LATENT = ("latent_diff", "cosine")
+"""Criteria that read the state alone; the others pass the coda and the head at each look"""
+SWITCHES = ("kv_slots", "exit_criterion")
+"""Call options that None switches off"""
+EXIT_OPTIONS = ("exit_threshold", "min_steps", "check_every")
+CALL_OPTIONS = ("num_steps", *SWITCHES, *EXIT_OPTIONS, "warm_start")
 """Settings that an argument of `forward` or `generate` of the same name overrides"""
 
 
@@ -64,8 +70,9 @@ class RecurrentSettings:
     exit_criterion: str | None
     """What must become small for a token to stop early; None never stops"""
     exit_threshold: float | None
-    """A token stops when the criterion falls below it (`argmax`: after so many equal looks); None is the default of the
-    criterion"""
+    """A token stops when the criterion falls below it: 0 never, infinity at the first look. With `argmax` it stops when so many
+    looks in a row found the most probable token of the look before: 0 at the first look, infinity never. None is the default
+    of the criterion"""
     min_steps: int
     """Fewest steps before a token may stop"""
     check_every: int
@@ -80,18 +87,23 @@ class RecurrentSettings:
                     f"recurrent.{name} is {getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}"
                 )
         for name in ("mean_recurrence", "backprop_depth", "min_steps", "check_every"):
-            _at_least_one(name, getattr(self, name))
+            whole(name, getattr(self, name))
+        whole("seed", self.seed, least=0)
         for name in ("num_steps", "kv_slots"):
             if getattr(self, name) is not None:
-                _at_least_one(name, getattr(self, name))
-        if not self.recurrence_sigma >= 0:
-            raise ValueError(f"recurrent.recurrence_sigma is {self.recurrence_sigma}; it must be at least 0")
-        if self.state_std is not None and not 0 <= self.state_std < math.inf:
-            raise ValueError(f"recurrent.state_std is {self.state_std}; it must be a finite number >= 0")
-        if self.exit_threshold is not None and not self.exit_threshold >= 0:
-            raise ValueError(f"recurrent.exit_threshold is {self.exit_threshold}; it must be at least 0")
-        if isinstance(self.embedding_scale, str) and self.embedding_scale != "sqrt_width":
-            raise ValueError(f"recurrent.embedding_scale is {self.embedding_scale!r}; a number or 'sqrt_width'")
+                whole(name, getattr(self, name))
+        for name in ("core_norm", "warm_start"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"recurrent.{name} is {getattr(self, name)!r}; it must be True or False")
+        for name in ("recurrence_sigma", "state_std"):
+            value = getattr(self, name)
+            if not (value is None and name == "state_std") and not (_is_number(value) and 0 <= value < math.inf):
+                raise ValueError(f"recurrent.{name} is {value!r}; it must be a finite number of at least 0")
+        if self.exit_threshold is not None and not (_is_number(self.exit_threshold) and self.exit_threshold >= 0):
+            raise ValueError(f"recurrent.exit_threshold is {self.exit_threshold!r}; it must be a number of at least 0")
+        scale = self.embedding_scale
+        if scale not in (None, "sqrt_width") and not (_is_number(scale) and math.isfinite(scale)):  # type: ignore[arg-type]
+            raise ValueError(f"recurrent.embedding_scale is {scale!r}; it must be a finite number or 'sqrt_width'")
         if self.exit_criterion is not None and self.kv_slots is not None and self.min_steps < self.kv_slots:
             raise ValueError(
                 f"min_steps is {self.min_steps} and kv_slots {self.kv_slots}: a token that exits earlier would leave slots "
@@ -113,9 +125,27 @@ class RecurrentSettings:
 
 
 def settings_of(config: ModularDecoderConfig, given: Mapping[str, Any] | None = None) -> RecurrentSettings:
-    """The settings of `config`, changed by the call options in `given` that are not None."""
-    changes = {name: value for name, value in (given or {}).items() if value is not None}
-    return RecurrentSettings(**{**config.settings("recurrent"), **changes})
+    """The settings of `config`, changed by the call options in `given`.
+
+    None switches `exit_criterion` and `kv_slots` off, and leaves the other options as the configuration has them. A criterion
+    other than the configured one comes with its own threshold. Raises ValueError for options of an exit where no token exits.
+    """
+    return RecurrentSettings(**{**config.settings("recurrent"), **_changes(config, given or {})})
+
+
+def _changes(config: ModularDecoderConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    changes = {name: value for name, value in given.items() if value is not None or name in SWITCHES}
+    configured = config.settings("recurrent")["exit_criterion"]
+    criterion = changes.get("exit_criterion", configured)
+    orphans = [name for name in EXIT_OPTIONS if name in changes]
+    if criterion is None and orphans:
+        raise ValueError(
+            f"{orphans[0]}={changes[orphans[0]]!r} says when tokens exit, and in this pass none does; give exit_criterion too, "
+            f"or leave {orphans[0]} out"
+        )
+    if criterion != configured:
+        changes.setdefault("exit_threshold", None)
+    return changes
 
 
 def layer_counts(config: ModularDecoderConfig) -> tuple[int, int, int]:
@@ -147,15 +177,24 @@ def effective_depth(config: ModularDecoderConfig) -> int:
 def check_settings(config: ModularDecoderConfig) -> None:
     """Raises ValueError for settings that cannot work."""
     settings = settings_of(config)
-    prelude, core, _ = layer_counts(config)
+    layer_counts(config)
     if settings.exit_criterion is not None:
-        check_exit(settings, list(config.layer_types or []), prelude, core)
+        check_exit(settings, config, settings.steps)
+    elif settings.exit_threshold is not None:
+        raise ValueError(
+            f"recurrent.exit_threshold is {settings.exit_threshold} and exit_criterion is None; a threshold belongs to a "
+            "criterion"
+        )
 
 
-def check_exit(settings: RecurrentSettings, layer_types: list[str], prelude: int, core: int) -> None:
-    """Raises ValueError where a token's early exit is not defined for the layers."""
+def check_exit(settings: RecurrentSettings, config: ModularDecoderConfig, steps: int) -> None:
+    """Raises ValueError where a token's early exit is not defined for the layers, or comes after the last of the steps."""
+    if settings.min_steps > steps:
+        raise ValueError(f"min_steps is {settings.min_steps}, more than num_steps, which is {steps}")
+    prelude, core, _ = layer_counts(config)
+    layer_types = list(config.layer_types or [])
     parts = {"core": layer_types[prelude : prelude + core]}
-    if settings.exit_criterion not in ("latent_diff", "cosine"):
+    if settings.exit_criterion not in LATENT:
         parts["coda"] = layer_types[prelude + core :]
     for part, names in parts.items():
         other = sorted(set(names) - {"full_attention"})
@@ -167,29 +206,65 @@ def check_exit(settings: RecurrentSettings, layer_types: list[str], prelude: int
             )
 
 
+def check_speculation(settings: RecurrentSettings, config: ModularDecoderConfig, steps: int) -> None:
+    """Raises ValueError where checking several drafted tokens in one pass is another computation than decoding them."""
+    reason = None
+    if settings.warm_start:
+        reason = "warm_start=True: a token starts from the final state of the token before, which one pass over both has not got"
+    elif settings.kv_slots is not None and settings.kv_slots < steps:
+        reason = (
+            f"kv_slots={settings.kv_slots} of {steps} steps: a decoded token meets the latest keys of tokens before it, in one "
+            "pass it meets those of its own step"
+        )
+    elif settings.exit_criterion not in (None, *LATENT) and layer_counts(config)[2]:
+        reason = (
+            f"exit_criterion={settings.exit_criterion!r}: it looks through the coda, where in one pass the tokens before are "
+            "still on their way; 'latent_diff' and 'cosine' do not"
+        )
+    if reason is not None:
+        raise ValueError(
+            "speculation (assistant_model, prompt_lookup_num_tokens) would not write what plain decoding writes with "
+            f"{reason}. Leave one of the two out"
+        )
+
+
 def split_steps(
     num_steps: int | tuple[int, int], backprop_depth: int
 ) -> tuple[int, int]:  # (without gradient, with gradient)
     """How many steps run without and with gradient. An int r keeps the last min(r, k); a pair says both."""
     if isinstance(num_steps, tuple | list):
-        if len(num_steps) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in num_steps):
+        if len(num_steps) != 2 or not all(_is_whole(n) and n >= 0 for n in num_steps):
             raise ValueError(f"num_steps is {num_steps!r}; a pair is (steps without gradient, steps with), both >= 0")
         if sum(num_steps) < 1:
             raise ValueError("num_steps is (0, 0); the core must run at least once")
-        return num_steps[0], num_steps[1]
-    _at_least_one("num_steps", num_steps)
-    return max(num_steps - backprop_depth, 0), min(num_steps, backprop_depth)
+        return int(num_steps[0]), int(num_steps[1])
+    steps = whole("num_steps", num_steps)
+    return max(steps - backprop_depth, 0), min(steps, backprop_depth)
 
 
-def _at_least_one(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int. Raises ValueError for anything but a whole number (also NumPy's) of at least `least`."""
+    if not _is_whole(value) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    return int(value)
 
 
-def with_changes(config: ModularDecoderConfig, **changes: Any) -> None:
-    """Writes settings into `config.recurrent` and checks them."""
-    config.recurrent = {**(config.recurrent or {}), **changes}
-    unknown = set(changes) - {field.name for field in dataclasses.fields(RecurrentSettings)}
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def with_changes(config: ModularDecoderConfig, **given: Any) -> None:
+    """Writes call options, or `mean_recurrence`, into `config.recurrent`. What cannot work raises ValueError and leaves the
+    configuration as it was."""
+    unknown = sorted(set(given) - {*CALL_OPTIONS, "mean_recurrence"})
     if unknown:
-        raise ValueError(f"recurrent has no settings {sorted(unknown)}")
-    check_settings(config)
+        raise ValueError(f"{unknown[0]} is no call option of recurrent depth; those are {', '.join(CALL_OPTIONS)}")
+    changes = {name: int(value) if _is_whole(value) else value for name, value in _changes(config, given).items()}
+    changed = copy.copy(config)
+    changed.recurrent = {**(config.recurrent or {}), **changes}
+    check_settings(changed)
+    config.recurrent = changed.recurrent
