@@ -90,7 +90,7 @@ def test_an_adapter_without_its_model_or_with_weights_missing_is_refused(swapped
     adapted.save_pretrained(tmp_path / "adapter")
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     save_file(dict(list(weights.items())[2:]), tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="lacks 2 of the weights of a LoRA adapter of LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="lacks 2 of the weights of an adapter of LlamaForCausalLM"):
         load_model(str(tmp_path / "adapter"))
     weights = load_file(tmp_path / "base" / "model.safetensors")
     save_file({n: w for n, w in weights.items() if "keys" not in n}, tmp_path / "base" / "model.safetensors")

@@ -22,6 +22,7 @@ from trialist.models.swaps import swapped_loader
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 MODEL_ASSETS = ("smollm2-135m-instruct",)
+PEFT_PREFIX = "base_model.model."
 """Assets that are causal language models"""
 
 
@@ -55,7 +56,7 @@ def load_model(model: str, *, dtype: str = "float32", device: str = "cpu") -> Pr
         raise
     except Exception as error:
         raise ValueError(_damaged(model, error)) from error
-    _require_all(model, found["missing_keys"], type(loaded).__name__, "it is no causal language model")
+    _require_all(model, found["missing_keys"], f"a {type(loaded).__name__}", "it is no causal language model")
     settings = getattr(loaded.config, "selective_attention", None)
     if isinstance(settings, dict):
         del loaded.config.selective_attention
@@ -87,22 +88,27 @@ def _base_of_adapter(source: str) -> str | None:
 
 
 def _with_adapter(loaded: PreTrainedModel, model: str, source: str) -> PreTrainedModel:
+    """`loaded` with the adapter of `source` put in. By PEFT's own functions: some versions of transformers leave out what an
+    adapter keeps of whole modules (`modules_to_save`)."""
+    from peft import PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
     try:
-        found = loaded.load_adapter(source)
+        loaded.add_adapter(PeftConfig.from_pretrained(source))
+        weights = {name.removeprefix(PEFT_PREFIX): x for name, x in load_peft_weights(source, device="cpu").items()}
+        set_peft_model_state_dict(loaded, weights)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise ValueError(_damaged(model, error)) from error
-    _require_all(
-        model, found.missing_keys, f"LoRA adapter of {type(loaded).__name__}", "it was trained on another model"
-    )
+    missing = get_peft_model_state_dict(loaded).keys() - weights.keys()
+    _require_all(model, missing, f"an adapter of {type(loaded).__name__}", "it was trained on another model")
     return loaded.eval()
 
 
 def _require_all(model: str, missing: Iterable[str], kind: str, otherwise: str) -> None:
     if names := sorted(missing):
         raise ValueError(
-            f"model {model!r} lacks {len(names)} of the weights of a {kind}: {', '.join(names[:3])}"
+            f"model {model!r} lacks {len(names)} of the weights of {kind}: {', '.join(names[:3])}"
             f"{', ...' if len(names) > 3 else ''}; they would be drawn at random. Its files may be incomplete, or {otherwise}"
         )
 
