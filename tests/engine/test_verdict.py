@@ -229,6 +229,16 @@ def test_log_scale_compares_ratios_and_says_so():
     assert "4.88 % (0.05 on the log scale)" in result.sentence
 
 
+def test_an_effect_of_nothing_on_the_log_scale_is_said_in_percent_too():
+    of = claim(endpoint=Endpoint("seconds", unit="s", better="lower", margin=0.2, scale="log"))
+    gains = (0.08, -0.02, 0.05, 0.01)
+    records = [_with(r, "seconds", np.exp(0.0 if r.arm == "new" else gains[r.seed])) for r in runs(old=CLEAR)]
+    result = verdict(records, of=of)
+    assert result.word == "no effect"
+    # 1 - exp(-0.03) = 2.96 %, and 0.03 +- 2.353 * 0.044 / 2 is -0.022 to 0.082
+    assert ": 3 % (90 % interval -2 % to 8 %; positive is better) against old" in result.sentence
+
+
 def test_logit_scale_speaks_of_odds():
     of = claim(endpoint=Endpoint("accuracy", margin=0.2, scale="logit"))
     odds = {"new": (1.5, 2.0, 2.5, 3.0), "old": (1.0, 1.2, 1.5, 2.2)}

@@ -104,9 +104,10 @@ def signed_words(contrast: Contrast, ninety: bool = False) -> str:
         return "undefined"
     low, high = (i.low90, i.high90) if ninety else (i.low, i.high)
     if low is None or high is None:
-        return f"{i.estimate:.3g} (no interval: {i.reason})"
-    shown = _plain([i.estimate, low, high])
-    return f"{shown[0]}{_unit(contrast.endpoint)} ({label} {shown[1]} to {shown[2]}; positive is better)"
+        return f"{_on_scale([i.estimate], contrast.endpoint, False)[0]} (no interval: {i.reason})"
+    shown = _on_scale([i.estimate, low, high], contrast.endpoint, False)
+    good = "above 1" if contrast.endpoint.scale == "logit" else "positive"
+    return f"{shown[0]} ({label} {shown[1]} to {shown[2]}; {good} is better)"
 
 
 def saving_words(contrasts: Sequence[Contrast], least: float) -> str:
