@@ -56,7 +56,7 @@ class ContextPruningTrial(AnyModelTextTrial):
     )
     tuning = Tuning(tries=3, metric=Endpoint("validation_bits_per_byte", unit="bits per byte", better="lower"))
     presets = {
-        "tiny": dict(test_bytes=32_768, seeds=3, about="about 10 minutes a setting on 2 cores"),
+        "tiny": dict(test_bytes=32_768, calibration_rows=4, seeds=3, about="about 10 minutes a setting on 2 cores"),
         "real": dict(
             model="smollm2-135m-instruct", length=512, batch=2, steps=150, test_bytes=65_536, calibration_rows=4, step=16,
             sinks=4, seeds=3, about="continued training of a given model, hours on 2 cores",
