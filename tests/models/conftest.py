@@ -47,6 +47,13 @@ def sharpen(model: torch.nn.Module, factor: float = 12.0) -> None:
                 parameter.mul_(factor)
 
 
+@pytest.fixture(autouse=True)
+def _fresh_compiler(request: pytest.FixtureRequest) -> None:
+    """What earlier tests compiled counts towards the limit of recompilations of the blocks' code."""
+    if request.node.get_closest_marker("slow"):
+        torch._dynamo.reset()
+
+
 @pytest.fixture
 def decoder() -> Callable[..., ModularDecoderForCausalLM]:
     def build(*layer_types: str, seed: int = 0, **changes: Any) -> ModularDecoderForCausalLM:

@@ -81,7 +81,7 @@ class QueryBatchNorm(QueryNorm):
             tensor.to(kind) for tensor in (self.weight, self.bias, self.running_mean, self.running_var)
         )
         trained = self.weight.requires_grad or self.bias.requires_grad
-        by_batch = self.training and trained and (queries.shape[0] > 1 or self.across_ranks)
+        by_batch = bool(self.training and trained and (queries.shape[0] > 1 or self.across_ranks))
         if by_batch and (mask is not None or self.across_ranks):
             mask = queries.new_ones(queries.shape[0]) if mask is None else mask
             mean, variance = self._statistics_of_real_tokens(queries, mask, mean, variance)
