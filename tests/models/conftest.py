@@ -183,3 +183,13 @@ def layout(kind: str, B: int = 2, T: int = 13) -> Tensor:
         visible[1, 2:, :2] = False
         visible[1, 9:, :9] = False
     return visible
+
+
+def assert_left(layer: Any, key: Tensor, visible: Tensor, ends: list[list[list[int]]]) -> None:
+    """After eviction `layer` holds, row by row and head by head, the tokens `ends` of those that the last query sees."""
+    layer._drop()
+    for row, groups in enumerate(ends):
+        for group in range(layer.columns.shape[1]):
+            columns = layer.columns[row, group].long()
+            assert [j for j in columns.tolist() if visible[row, -1, j]] == groups[group]
+            assert torch.equal(layer.keys[row, group], key[row, group, columns])

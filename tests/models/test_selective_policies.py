@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests.models.conftest import GREEDY, brought, layout, states
+from tests.models.conftest import GREEDY, assert_left, brought, layout, states
 from trialist.models import (
     calibrate_budgets,
     disable_eviction,
@@ -123,13 +123,8 @@ def test_pieces_give_the_definition_and_keep_its_survivors(
         start += piece
     real = visible.diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(torch.cat(outputs, 1)[real], expected[real], rtol=1e-10, atol=1e-10)
-    layer._drop()
+    assert_left(layer, key, visible, ends)
     assert layer.keys.shape[2] == budget
-    for row, groups in enumerate(ends):
-        for group in range(layer.columns.shape[1]):
-            columns = layer.columns[row, group].long()
-            assert [j for j in columns.tolist() if visible[row, -1, j]] == groups[group]
-            assert torch.equal(layer.keys[row, group], key[row, group, columns])
 
 
 @policies

@@ -7,7 +7,7 @@ count tokens. B batch, d_h state width, d stream width, K taps of the convolutio
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers.cache_utils import (
@@ -18,6 +18,8 @@ from transformers.cache_utils import (
 )
 
 from trialist.models.configuration import RECURRENT_MIXERS
+
+Layer = TypeVar("Layer")
 
 
 class RecurrentStateLayer(CacheLayerMixin):
@@ -112,13 +114,13 @@ for _name in RECURRENT_MIXERS:
     DYNAMIC_LAYER_TYPE_MAPPING[_name] = STATIC_LAYER_TYPE_MAPPING[_name] = RecurrentStateLayer
 
 
-def recurrent_layer(cache: Cache, layer_idx: int) -> RecurrentStateLayer:
-    """The layer of `cache` that holds the state of `layer_idx`. Raises ValueError where it is of another kind."""
+def layer_of(cache: Cache, layer_idx: int, kind: type[Layer], what: str) -> Layer:
+    """The layer of `cache` for the model's layer `layer_idx`. Raises ValueError, with `what` it should be, for another kind."""
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    if not isinstance(layer, RecurrentStateLayer):
+    if not isinstance(layer, kind):
         found = "no layer" if layer is None else f"a {type(layer).__name__}"
         raise ValueError(
-            f"layer {layer_idx} needs a cache with a recurrent layer and found {found}; build it from the model's "
+            f"layer {layer_idx} needs a cache with a {what} layer and found {found}; build it from the model's "
             "configuration: DynamicCache(config=model.config)"
         )
     return layer

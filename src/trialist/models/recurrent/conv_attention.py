@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 
 from trialist.models.attention import FullAttention
 from trialist.models.configuration import ModularDecoderConfig
-from trialist.models.recurrent.cache import refuse_crop
+from trialist.models.recurrent.cache import layer_of, refuse_crop
 from trialist.models.recurrent.mixer import CausalConvolution
 
 
@@ -44,7 +44,8 @@ class ConvolvedAttention(FullAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As `FullAttention`; a document does not reach into the next one through the convolution either."""
-        layer = None if past_key_values is None else _convolved_layer(past_key_values, self.layer_idx)
+        cache = past_key_values
+        layer = None if cache is None else layer_of(cache, self.layer_idx, _Tailed, "conv_attention")
         x = hidden_states if padding_mask is None else hidden_states * padding_mask[..., None]
         local, tail = self.conv(x, None if layer is None else layer.conv_tail, reset)
         if layer is not None:
@@ -101,14 +102,3 @@ class StaticConvolvedLayer(_Tailed, StaticLayer):
 
 DYNAMIC_LAYER_TYPE_MAPPING["conv_attention"] = ConvolvedLayer
 STATIC_LAYER_TYPE_MAPPING["conv_attention"] = StaticConvolvedLayer
-
-
-def _convolved_layer(cache: Cache, layer_idx: int) -> _Tailed:
-    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    if not isinstance(layer, _Tailed):
-        found = "no layer" if layer is None else f"a {type(layer).__name__}"
-        raise ValueError(
-            f"layer {layer_idx} needs a cache with a layer for conv_attention and found {found}; build it from the model's "
-            "configuration: DynamicCache(config=model.config)"
-        )
-    return layer

@@ -19,7 +19,7 @@ from transformers import initialization as init
 
 from trialist.kernels.causal_conv import causal_conv
 from trialist.models.configuration import ModularDecoderConfig
-from trialist.models.recurrent.cache import recurrent_layer
+from trialist.models.recurrent.cache import RecurrentStateLayer, layer_of
 from trialist.models.recurrent.gru import GRU
 from trialist.models.recurrent.min_rnn import MinGRU, MinLSTM
 
@@ -86,7 +86,8 @@ class RecurrentMixer(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Mixed states `(B, T, hidden_size)`. reset: bool `(B, T)`, True at the first token of a packed document."""
-        layer = None if past_key_values is None else recurrent_layer(past_key_values, self.layer_idx)
+        cache = past_key_values
+        layer = None if cache is None else layer_of(cache, self.layer_idx, RecurrentStateLayer, "recurrent")
         state, before = (None, None) if layer is None else (layer.state, layer.conv_tail)
         x, tail = hidden_states, None
         if self.conv is not None:
