@@ -56,9 +56,9 @@ class ContextMemoryAnalysis(ModelAndText):
         from trialist.models import kv_bytes, memory_profile
         from trialist.models.selective_attention.memory import selective_modules
 
-        length = self.row_length()
+        length, documents = self.row_length(), self.documents(self.data)
         model, tokenizer = self.loaded()
-        sample = sample_text(self.documents(self.data), tokenizer, tokens=self.tokens, length=length)
+        sample = sample_text(documents, tokenizer, tokens=self.tokens, length=length)
         rows = rows_for(model, sample)
         say(f"{sample.rows.scored:,} tokens of {self.data} in rows of {length}")
         bits = bits_per_byte(model, rows, sample.bytes, batch=self.batch)

@@ -43,6 +43,7 @@ class SelectiveAttentionTransform(ModelAndText):
         if self.selector_head == "auto" and self.data is None:
             raise ValueError("--selector-head auto chooses the heads on a text; name one with --data")
         length = self.row_length()
+        documents = None if self.data is None else self.documents(self.data)
         model, tokenizer = self.loaded()
         with saved_to(self.output, model) as save:
             heads = (
@@ -52,10 +53,10 @@ class SelectiveAttentionTransform(ModelAndText):
             )
             choices: dict[str, Any] = {"protect_bos": self.protect_bos, "layers": self.layers}
             shown = {}
-            if self.data is None:
+            if documents is None:
                 enable_selective_attention(model, heads, **choices)
             else:
-                sample = sample_text(self.documents(self.data), tokenizer, tokens=self.tokens, length=length)
+                sample = sample_text(documents, tokenizer, tokens=self.tokens, length=length)
                 rows = rows_for(model, sample)
                 say(f"{sample.rows.scored:,} tokens of {self.data}")
                 before = bits_per_byte(model, rows, sample.bytes, batch=self.batch)
@@ -113,10 +114,10 @@ class PruneContext(ModelAndText):
         from trialist.data.samples import sample_halves
         from trialist.models import calibrate_budgets, kv_bytes, set_budgets
 
-        length = self.row_length()
+        length, documents = self.row_length(), self.documents(self.data)
         model, tokenizer = self.loaded()
         with saved_to(self.output, model) as save:
-            fitted, checked = sample_halves(self.documents(self.data), tokenizer, tokens=self.tokens, length=length)
+            fitted, checked = sample_halves(documents, tokenizer, tokens=self.tokens, length=length)
             rows, others = rows_for(model, fitted), rows_for(model, checked)
             say(
                 f"{fitted.rows.scored:,} tokens of {self.data} to find budgets on, {checked.rows.scored:,} others to check them "
