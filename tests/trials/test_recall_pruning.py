@@ -18,7 +18,7 @@ def trial():
 
 
 def shares_of(outcome):
-    return [float(note.split()[0]) for note in outcome.notes if "of all bytes" in note]
+    return [share for share, _ in outcome.curves["accuracy_by_share_of_bytes"]]
 
 
 def test_all_arms_spend_the_same_tokens_and_are_read_over_the_same_bytes(trial, run_arm):
@@ -30,10 +30,11 @@ def test_all_arms_spend_the_same_tokens_and_are_read_over_the_same_bytes(trial, 
         assert 0 <= outcome.metrics["accuracy_of_pruned"] <= 1
         if name != "full-cache":
             shares = shares_of(outcome)
-            assert len(shares) == 7
-            assert shares == sorted(shares, reverse=True)
-            assert shares[0] >= 1 / 2
-            assert shares[-1] <= 1 / 8
+            assert len(shares) == 8
+            assert shares == sorted(shares)
+            assert shares[0] <= 1 / 8
+            assert shares[-2] >= 1 / 2
+            assert outcome.curves["accuracy_by_share_of_bytes"][-1] == (1.0, outcome.metrics["accuracy_of_full"])
     of_full = {name: outcome.metrics["accuracy_of_full"] for name, outcome in outcomes.items()}
     assert of_full["recency"] == of_full["heavy-hitters"] == of_full["full-cache"]
     assert of_full["selective"] == of_full["selective-recency"] == of_full["selective-heavy-hitters"]
@@ -54,13 +55,13 @@ def test_a_run_is_a_pure_function_of_its_seed(trial, run_arm, tmp_path):
     first = run_arm(trial, arm)
     shutil.rmtree(tmp_path / "stages")
     again = run_arm(trial, arm)
-    assert (again.metrics, again.notes) == (first.metrics, first.notes)
+    assert (again.metrics, again.curves) == (first.metrics, first.curves)
 
 
 def test_runs_that_tune_are_of_the_trained_model_alone(trial, run_arm):
     outcome = run_arm(trial, arm_of(trial, "selective", "assignment"), seed=trial.tuning.seeds[0])
     assert "validation_loss" in outcome.metrics
-    assert shares_of(outcome) == []
+    assert "accuracy_by_share_of_bytes" not in outcome.curves
 
 
 def test_the_null_setting_has_answers_by_chance_and_no_references(trial):

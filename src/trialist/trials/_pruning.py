@@ -154,6 +154,11 @@ def bytes_of_entry(model: PreTrainedModel, input_ids: Any, budget: int) -> float
     return kv_bytes(model, input_ids) / (len(get_budgets(model)) * (budget + 1))  # and the token that it evicts next
 
 
+def over_shares(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """The points as a curve of an outcome: values over the share of the bytes of all tokens, whose log2 the points have."""
+    return tuple((2**size, value) for size, value in sorted(points))
+
+
 def times_fewer_bytes(points: Sequence[tuple[float, float]], mark: float) -> Reading:
     """How many times fewer bytes than those of all tokens suffice for a value of `mark` or below.
 

@@ -19,6 +19,7 @@ from trialist.trials._pruning import (
     check_pruning,
     evict_by,
     first_rate,
+    over_shares,
     pruning_arms,
     times_fewer_bytes,
     trained_model,
@@ -135,7 +136,8 @@ class ContextPruningTrial(AnyModelTextTrial):
         else:
             points, notes = self.curve(arm, model, text, context)
             outcome = self.read(outcome, [(0.0, full), *points])
-            outcome = dataclasses.replace(outcome, notes=(*outcome.notes, *notes))
+            curves = {**outcome.curves, "bits_per_byte_by_share_of_bytes": over_shares([(0.0, full), *points])}
+            outcome = dataclasses.replace(outcome, curves=curves, notes=(*outcome.notes, *notes))
             if not arm.null:
                 outcome = self.compare_bytes(outcome, arm, [(0.0, full), *points], text, context)
         if context.keep_model:

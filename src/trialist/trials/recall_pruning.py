@@ -17,6 +17,7 @@ from trialist.trials._pruning import (
     bytes_of_entry,
     check_pruning,
     evict_by,
+    over_shares,
     pruning_arms,
     times_fewer_bytes,
     trained_model,
@@ -112,9 +113,9 @@ class RecallPruningTrial(RecallTrial):
                 outcome, metrics=metrics, undefined={"times_fewer_bytes": "this arm keeps everything"}
             )
         else:
-            points = self.curve(arm, model, context)
-            notes = (f"{2**size:.3f} of all bytes: {right:.4f} of the answers are right" for size, right in points)
-            outcome = read(dataclasses.replace(outcome, notes=(*outcome.notes, *notes)), [(0.0, full), *points])
+            points = [(0.0, full), *self.curve(arm, model, context)]
+            curves = {**outcome.curves, "accuracy_by_share_of_bytes": over_shares(points)}
+            outcome = read(dataclasses.replace(outcome, curves=curves), points)
         if context.keep_model:
             save(model, None, context.model_folder)
         return self.with_benchmark_scores(outcome, model, context)
