@@ -101,6 +101,35 @@ def test_the_page_keeps_its_order_from_the_verdict_to_the_command(pages: dict[st
     assert places == sorted(places)
 
 
+def test_readings_over_a_range_stand_apart_from_the_learning_curves(documents: dict[str, dict]) -> None:
+    document = documents["supported"]
+    arm = document["treatment"]
+    place = {"setting": "main", "arm": arm, "metric": "accuracy_of_long_rows_by_steps"}
+    points = [[1.0, 0.25], [4.0, 0.5], [32.0, 0.75]]
+    document = document | {
+        "curve_means": [{**place, "seeds": 2, "points": points}, *document["curve_means"]],
+        "curves": [{**place, "seed": 0, "points": points}, *document["curves"]],
+    }
+    page = render_html(document)
+    text = words(page)
+    assert "Readings over a range" in text
+    assert "accuracy of long rows by steps" in text
+    assert "1: 0.250, 4: 0.500, 32: 0.750" in text
+    assert "1 of 2 single curves are drawn" in text
+    assert 'id="ranges-wide-' in page
+    curves = text[text.index("Learning curves against the budget") : text.index("Readings over a range")]
+    assert "accuracy of long rows" not in curves
+    markdown = render_markdown(document)
+    assert f"- accuracy of long rows by steps, {arm}: 1: 0.250, 4: 0.500, 32: 0.750" in markdown
+    assert "Readings over a range" not in words(render_html(documents["supported"]))
+
+
+def test_effects_on_a_log_scale_are_not_given_the_unit_of_the_values(documents: dict[str, dict]) -> None:
+    text = words(render_html(documents["supported"] | {"scale": "log", "unit": "steps"}))
+    assert "Effect, log ratio" in text
+    assert "Effect, steps" not in text
+
+
 def test_a_seed_counts_as_better_in_the_direction_of_the_endpoint(documents: dict[str, dict]) -> None:
     page = render_markdown(documents["supported"])
     assert "main, against standard attention: 6 of 6 better" in page

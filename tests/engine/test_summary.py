@@ -152,6 +152,17 @@ def test_curves_with_other_budgets_are_averaged_only_where_all_have_values() -> 
     assert points[-1] == pytest.approx([4.0, 6.0])
 
 
+def test_readings_over_a_range_are_averaged_point_by_point() -> None:
+    arms = (Arm("a", "control"), Arm("b", "treatment"))
+    lines = ((0.1, 4.0), (0.5, 2.0)), ((0.2, 6.0), (0.5, 3.0))  # sizes are met only nearly
+    records = [
+        dataclasses.replace(made.run("a", seed, 1.0), outcome=made.Outcome({}, {}, {"loss_by_size": points}))
+        for seed, points in enumerate(lines)
+    ]
+    points = made.document(records=records, arms=arms)["curve_means"][0]["points"]
+    assert points == [pytest.approx([0.15, 5.0]), pytest.approx([0.5, 2.5])]
+
+
 def test_long_curves_keep_their_ends() -> None:
     arms = (Arm("a", "control"), Arm("b", "treatment"))
     points = tuple((float(i), 1.0 / (i + 1)) for i in range(5_003))

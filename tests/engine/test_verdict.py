@@ -129,10 +129,12 @@ def test_secondary_endpoints_get_intervals_and_decide_nothing():
         (SLIGHTLY_WORSE, 50.0, "supported"),
         (SLIGHTLY_WORSE, 60.0, "supported"),
         (SLIGHTLY_WORSE, 70.0, "small"),
-        (SLIGHTLY_WORSE, 110.0, "inconclusive"),
+        (SLIGHTLY_WORSE, 110.0, "no effect"),
+        (OPEN, 110.0, "no effect"),
         (OPEN, 50.0, "inconclusive"),
         (WORSE_BELOW_MARGIN, 50.0, "inconclusive"),
         (WORSE, 50.0, "contradicted"),
+        (WORSE, 110.0, "contradicted"),
         (CLEAR, 50.0, "supported"),
     ],
 )
@@ -155,6 +157,37 @@ def test_a_saving_that_varies_is_judged_by_its_lower_bound():
     result = verdict(records, of=of)
     assert result.savings[0].low == pytest.approx(0.5 - 3.18245 * 0.0540062, abs=1e-5)
     assert result.word == "small"
+
+
+@pytest.mark.parametrize(
+    ("shares", "word"), [((1.0, 0.8, 1.1, 0.9), "no effect"), ((0.7, 0.5, 1.2, 0.9), "inconclusive")]
+)
+def test_a_saving_worth_having_is_ruled_out_by_its_90_percent_interval_alone(shares, word):
+    # Savings 0, 0.2, -0.1, 0.1: mean 0.05, standard error 0.0645, upper bound at 95 % one-sided 0.05 + 2.353 * 0.0645 = 0.202.
+    # Savings 0.3, 0.5, -0.2, 0.1: mean 0.175, standard error 0.149: 0.175 + 2.353 * 0.149 = 0.525, above the least, 0.4.
+    of = claim(kind="non-inferiority", saving=Saving("memory", least=0.4))
+    base = and_metric(runs(old=SLIGHTLY_WORSE), "memory", old=(0, 0, 0, 0))
+    records = [
+        record if record.arm == "old" else _with(record, "memory", record.outcome.metrics["memory"] * share)
+        for record, share in zip(base, (*shares, 1, 1, 1, 1))
+    ]
+    result = verdict(records, of=of)
+    assert result.word == word
+    if word == "no effect":
+        assert "saves too little against old: it saves 5 % of memory (90 % interval -10 to 20 %" in result.sentence
+        assert "the saving lies below its least value against old" in result.reason
+        assert result.advice.startswith("Do not use it to save memory: a saving worth having over old is ruled out")
+
+
+def test_what_each_use_pays_stands_in_the_advice_beside_the_costs_of_the_run():
+    of = claim(secondary=(Endpoint("flops_per_answer", better="lower"),), price="flops_per_answer")
+    records = and_metric(runs(old=CLEAR), "flops_per_answer", old=(0, 0, 0, 0))
+    records = [_with(record, "flops_per_answer", {"old": 200.0, "new": 362.0}[record.arm]) for record in records]
+    result = verdict(records, of=of)
+    assert result.cost_ratio["flops_per_answer"] == pytest.approx(1.81)
+    assert result.advice.endswith("1.00 times the wall time and 1.81 times the flops per answer of old.")
+    with pytest.raises(ValueError, match="one of the secondary endpoints"):
+        claim(price="flops_per_answer")
 
 
 def _with(record, name, value):

@@ -9,6 +9,7 @@ from typing import Literal
 from trialist.engine.contract import Replicate
 from trialist.engine.effects import LEAST_MODELS
 from trialist.engine.rules import LEAST_REPLICATES, Decision, Evidence, more_replicates
+from trialist.engine.sentences import joined
 from trialist.engine.table import Table
 
 _COSTS = (("wall_seconds", "wall time"), ("flops", "FLOPs"), ("generated_tokens", "generated tokens"))
@@ -71,8 +72,12 @@ def advice(
     ratios: Mapping[str, float],
     more: Sequence[More],
     strongest: str,
+    price: str = "",
 ) -> str:
-    """One sentence that begins with what to do."""
+    """One sentence that begins with what to do.
+
+    ratios: cost unit -> treatment over `strongest`; price: the one among them that each use of the technique pays.
+    """
     name = evidence.endpoints[0][0].endpoint.name.replace("_", " ")
     if decision.word == "inconclusive":
         return _go_on(decision, evidence, more)
@@ -83,7 +88,7 @@ def advice(
             "no effect": f"Do not count on it: an effect on {name} worth having is ruled out.",
             "contradicted": f"Do not count on it: the effect on {name} goes the other way.",
         }[decision.word]
-    cost = _cost_words(ratios, strongest)
+    cost = _cost_words(ratios, strongest, price)
     if decision.word == "supported":
         gain = (
             "as good within the margin, and it saves"
@@ -94,6 +99,9 @@ def advice(
     if decision.word == "small":
         short = "the saving is" if evidence.non_inferiority else f"the gain in {name} is"
         return f"Use it only where it costs nothing: {short} real but smaller than what was set as worth having{cost}."
+    if decision.too_little_saved:
+        saved = decision.against[0].endpoint.name.replace("_", " ")
+        return f"Do not use it to save {saved}: a saving worth having over {_controls(decision)} is ruled out{cost}."
     if decision.word == "no effect":
         return f"Do not use it for {name}: a gain worth having over {_controls(decision)} is ruled out{cost}."
     if decision.broken_guard:
@@ -137,9 +145,11 @@ def _more_words(more: More) -> str:
     return f"{more.count:,} more {noun} ({bound} {_duration(more.minutes)})"
 
 
-def _cost_words(ratios: Mapping[str, float], strongest: str) -> str:
-    said = [f"{ratios[unit]:.2f} times the {words}" for unit, words in _COSTS if unit in ratios]
-    return f", at {' and '.join(said[:2])} of {strongest}" if said else ""
+def _cost_words(ratios: Mapping[str, float], strongest: str, price: str) -> str:
+    said = [f"{ratios[unit]:.2f} times the {words}" for unit, words in _COSTS if unit in ratios][:2]
+    if price in ratios:
+        said.append(f"{ratios[price]:.2f} times the {price.replace('_', ' ')}")
+    return f", at {joined(said)} of {strongest}" if said else ""
 
 
 def _controls(decision: Decision) -> str:

@@ -64,7 +64,8 @@ def forest(rows: Sequence[Mapping[str, Any]], *, margin: float | None, kind: str
 
     board = Board()
     small = width <= 500
-    left, right = (4, width - 4) if small else (252, width - 176)
+    room = 10 + 6.7 * max((len(row["text"]) for row in rows if "text" in row), default=20)  # of the values in words
+    left, right = (4, width - 4) if small else (252, width - max(176, min(room, 260)))
     top, marks, headings, labels = 26, [], [], []
     for row in rows:
         if "heading" in row:
@@ -157,10 +158,10 @@ def forest(rows: Sequence[Mapping[str, Any]], *, margin: float | None, kind: str
             .encode(x=x("x:Q"), y=y(), stroke=alt.Stroke("colour:N", scale=None), **fill)
         )
     font = 12 if small else 13
-    words = board.chart(labels).mark_text(align="left", color=INK, fontSize=font, limit=width - 150 if small else 234)
+    words = board.chart(labels).mark_text(align="left", color=INK, fontSize=font, limit=width - room if small else 234)
     layers.append(words.encode(y=y(), x=alt.value(0), text=alt.Text("text:N")))
     values = board.chart(marks).mark_text(
-        align="right", color=MUTED, fontSize=11.5 if small else 12.5, limit=150 if small else 168
+        align="right", color=MUTED, fontSize=11.5 if small else 12.5, limit=room if small else width - right - 8
     )
     layers.append(values.encode(y=y("words:Q"), x=alt.value(width), text=alt.Text("text:N")))
     titles = board.chart(headings).mark_text(align="left", color=INK, fontSize=font, fontWeight="bold", limit=width)
@@ -251,25 +252,34 @@ def paired(panels: Sequence[Mapping[str, Any]], *, title: str, better: str, widt
     return board.draw({"concat": charts, "columns": columns, "spacing": {"row": 30, "column": gap}})
 
 
-def curves(panels: Sequence[Mapping[str, Any]], styles: Mapping[str, tuple[str, list[int]]], *, width: int) -> str:
-    """Learning curves against the budget: the mean of each arm bold, its seeds faint.
+def curves(
+    panels: Sequence[Mapping[str, Any]],
+    styles: Mapping[str, tuple[str, list[int]]],
+    *,
+    width: int,
+    large: bool = True,
+) -> str:
+    """Curves, for example learning curves against the budget: the mean of each arm bold, its seeds faint.
 
-    panels: `title`, `x_title`, `y_title`, `domain` (low, high), `seeds` [{arm, seed, points}], `means` [{arm, points}].
+    panels: `title`, `x_title`, `y_title`, `domain` (low, high), `seeds` [{arm, seed, points}], `means` [{arm, points}],
+    and `log` where the horizontal axis is logarithmic. `large`: the first panel takes the whole width.
     """
     import altair as alt
 
     board = Board()
     charts = []
     for number, panel in enumerate(panels):
-        large = number == 0 or width <= 500
-        inner = width - 56 if large else (width - 56) // 2 - 36
+        leads = large and number == 0
+        wide = leads or width <= 500
+        inner = width - 56 if wide else (width - 56) // 2 - 36
+        ticks = 6 if wide and width > 500 else 4
         x = alt.X(
             "x:Q",
-            scale=alt.Scale(nice=False, zero=False),
+            scale=alt.Scale(type="log", nice=False) if panel.get("log") else alt.Scale(nice=False, zero=False),
             axis=alt.Axis(
                 title=panel["x_title"],
-                format="~s",
-                tickCount=6 if large and width > 500 else 4,
+                format="~g" if panel.get("log") else "~s",
+                tickCount=ticks,
                 grid=False,
                 domain=True,
                 domainColor=GRID,
@@ -302,11 +312,12 @@ def curves(panels: Sequence[Mapping[str, Any]], styles: Mapping[str, tuple[str, 
                         .encode(x=x, y=y, detail=alt.Detail("line:N"))
                     )
         heading = _heading(_wrap(panel["title"], max(16, inner // 7), 2), [panel["y_title"]], 10)
-        height = 170 if number else 300 if width > 500 else 220
+        height = 170 if not leads else 300 if width > 500 else 220
         charts.append(board.layer(layers, inner, height, heading))
     step = 1 if width <= 500 else 2
-    rest = [{"hconcat": charts[start : start + step], "spacing": 34} for start in range(1, len(charts), step)]
-    return board.draw({"vconcat": [charts[0], *rest], "spacing": 30})
+    first = [{"hconcat": charts[:1]}] if large else []
+    rest = [{"hconcat": charts[start : start + step], "spacing": 34} for start in range(len(first), len(charts), step)]
+    return board.draw({"vconcat": [*first, *rest], "spacing": 30})
 
 
 def dark_rules(scope: str) -> str:

@@ -31,6 +31,10 @@ COST_UNITS = (
 )
 
 
+OVER = "_by_"
+"""Between a reading and what it is read over, in the name of a curve that does not lie over the budget"""
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """A metric that decides (or guards): its direction, its unit and the smallest effect worth having."""
@@ -85,6 +89,8 @@ class Claim:
     """Reported with intervals, never decide"""
     kind: Literal["superiority", "non-inferiority"] = "superiority"
     saving: Saving | None = None
+    price: str = ""
+    """Name of a secondary endpoint that each use of the technique pays, where the costs of a run are mostly of training"""
 
     def __post_init__(self) -> None:
         if self.kind == "non-inferiority" and self.saving is None:
@@ -92,6 +98,8 @@ class Claim:
         for endpoint in (self.endpoint, *self.co_primary, *self.guards):
             if endpoint.margin is None:
                 raise ValueError(f"endpoint {endpoint.name!r} decides, so it needs a margin")
+        if self.price and self.price not in {endpoint.name for endpoint in self.secondary}:
+            raise ValueError(f"the price {self.price!r} must be one of the secondary endpoints")
         names = [endpoint.name for endpoint in self.endpoints]
         if len(set(names)) != len(names):
             raise ValueError(f"endpoint names clash: {names}")
@@ -206,7 +214,7 @@ class Outcome:
     items: Mapping[str, Items] = field(default_factory=dict)
     """Endpoint name -> score per item"""
     curves: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
-    """Metric name -> points (budget spent, value)"""
+    """Metric name -> points (budget spent, value); the points of a name that ends in `_by_X` lie over X instead"""
     cost: Cost = field(default_factory=Cost)
     diverged: str | None = None
     """Why and at which step the run diverged; an outcome, not a failure"""

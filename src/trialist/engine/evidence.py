@@ -73,7 +73,7 @@ def measured(documents: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]
 def _row(document: Mapping[str, Any]) -> dict[str, Any]:
     none = {"effect": None, "control": "", "n": 0, "reason": document["reason"]}
     effect = wording.weakest(document["effects"]) or none
-    margin, unit = document["margin"], document["unit"]
+    margin, unit = document["margin"], wording.effect_unit(document)
     scaled = {}
     if margin and effect["effect"] is not None:
         scaled = {key: effect[key] / margin for key in ("effect", "low", "high") if effect.get(key) is not None}
@@ -86,7 +86,7 @@ def _row(document: Mapping[str, Any]) -> dict[str, Any]:
         "margin": wording.margin_text(margin),
         "kind": document.get("kind") or "superiority",
         "control": effect["control"],
-        "effect": wording.effect_text(effect, document["unit"]),
+        "effect": wording.effect_text(effect, unit),
         "n": effect["n"],
         "replicate": document["replicate"],
         "lines": [

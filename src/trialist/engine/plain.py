@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -28,6 +28,13 @@ def dump_json(value: Any) -> str:
         return json.dumps(entry, ensure_ascii=False, allow_nan=False)
 
     return text(value, "") + "\n"
+
+
+def thin(points: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` points, the first and the last among them."""
+    if len(points) <= most:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
 def clean(value: Any) -> Any:

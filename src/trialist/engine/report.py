@@ -81,7 +81,7 @@ def render_index(
                 },
                 "sentence": wording.sentence(summary.get("sentence") or summary["reason"]),
                 "advice": wording.sentence(summary.get("advice")),
-                "effect": wording.effect_text(effect, summary["unit"]) if effect else "none",
+                "effect": wording.effect_text(effect, wording.effect_unit(summary)) if effect else "none",
                 "control": effect["control"] if effect else "",
                 "n": effect["n"] if effect else 0,
                 "cost": wording.cost_ratio(summary),
@@ -144,7 +144,7 @@ def _figures(summary: Mapping[str, Any], view: Mapping[str, Any]) -> dict[str, A
             for size, width in (("wide", charts.WIDE), ("narrow", charts.NARROW))
         }
 
-    figures: dict[str, Any] = {"forest": None, "seeds": None, "curves": None, "legend": []}
+    figures: dict[str, Any] = {"forest": None, "seeds": None, "curves": None, "ranges": None}
     rows = forest_rows(summary)
     if any(row.get("effect") is not None for row in rows):
         words = "; ".join(f"{row['label']}: {row['text']}" for row in rows if "label" in row)
@@ -169,9 +169,9 @@ def _figures(summary: Mapping[str, Any], view: Mapping[str, Any]) -> dict[str, A
         )
         figures["seeds_note"] = _left_out(view["panels"], panels, charts.MOST_LINES)
     shown = view["curve_panels"]
+    arms = [entry["arm"] for panel in [*shown, *view["range_panels"]] for entry in panel["means"]]
+    styles = charts.arm_styles(arms, summary["treatment"])
     if shown:
-        arms = [entry["arm"] for panel in shown for entry in panel["means"]]
-        styles = charts.arm_styles(arms, summary["treatment"])
         words = "; ".join(
             f"{panel['title']}, {entry['arm']}: ends at {wording.plain(entry['points'][-1][1])}"
             for panel in shown
@@ -180,17 +180,39 @@ def _figures(summary: Mapping[str, Any], view: Mapping[str, Any]) -> dict[str, A
         figures["curves"] = both(
             "curves", f"Learning curves. {words}", lambda width: charts.curves(shown, styles, width=width)
         )
-        figures["legend"] = [
-            {"arm": arm, "colour": colour, "dash": " ".join(map(str, dash))}
-            for arm, (colour, dash) in styles.items()
-            if arm in arms
-        ]
-        drawn, total = sum(len(panel["seeds"]) for panel in shown), sum(panel["all_seeds"] for panel in shown)
-        notes = [f"{drawn:,} of {total:,} single curves are drawn; the means are over all."] if drawn < total else []
+        figures["curves_legend"] = _legend(shown, styles)
+        notes = _not_drawn(shown)
         if any(panel["cut"] for panel in shown):
             notes.append("The steep start is cut off so that the end can be read.")
         figures["curves_note"] = " ".join(notes)
+    ranges = view["range_panels"]
+    if ranges:
+        words = "; ".join(
+            f"{panel['title']} {panel['y_title']}, {entry['arm']}: {entry['text']}"
+            for panel in ranges
+            for entry in panel["readings"]
+        )
+        figures["ranges"] = both(
+            "ranges", f"Readings over a range. {words}",
+            lambda width: charts.curves(ranges, styles, width=width, large=False),
+        )  # fmt: skip
+        figures["ranges_legend"] = _legend(ranges, styles)
+        figures["ranges_note"] = " ".join(_not_drawn(ranges))
     return figures
+
+
+def _legend(panels: Sequence[Mapping[str, Any]], styles: Mapping[str, tuple[str, list[int]]]) -> list[dict[str, str]]:
+    arms = {entry["arm"] for panel in panels for entry in panel["means"]}
+    return [
+        {"arm": arm, "colour": colour, "dash": " ".join(map(str, dash))}
+        for arm, (colour, dash) in styles.items()
+        if arm in arms
+    ]
+
+
+def _not_drawn(panels: Sequence[Mapping[str, Any]]) -> list[str]:
+    drawn, total = sum(len(panel["seeds"]) for panel in panels), sum(panel["all_seeds"] for panel in panels)
+    return [f"{drawn:,} of {total:,} single curves are drawn; the means are over all."] if drawn < total else []
 
 
 def _left_out(panels: Sequence[Any], drawn: Sequence[Any], most: int) -> str:

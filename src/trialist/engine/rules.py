@@ -71,6 +71,8 @@ class Decision:
     undecided: tuple[tuple[Contrast, str], ...] = ()
     """For `inconclusive`: what is open, and why"""
     broken_guard: bool = False
+    too_little_saved: bool = False
+    """`no effect` of a non-inferiority claim: the contrasts of `against` are savings, and the least one is ruled out"""
     too_few: int | None = None
     """Replicates, where they are fewer than the least for a verdict"""
 
@@ -121,6 +123,13 @@ def _non_inferiority(evidence: Evidence, guarded: bool) -> Decision:
         return Decision("contradicted", tuple(worse))
     if broken := _broken_guards(evidence):
         return Decision("contradicted", broken, broken_guard=True)
+    least = evidence.least_saving
+    below = _rejected(
+        evidence.savings, [entry.interval.p_below(least) for entry in evidence.savings], level.equivalence, level
+    )
+    below = [entry for entry in below if entry.interval.high90 is not None and entry.interval.high90 < least]
+    if below:
+        return Decision("no effect", tuple(below), too_little_saved=True)
     return Decision("inconclusive", undecided=_open(evidence))
 
 

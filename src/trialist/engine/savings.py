@@ -70,16 +70,20 @@ def _cost(run: RunRecord, name: str) -> float | None:
     return getattr(run.outcome.cost, name) if run.outcome and name in COST_UNITS else None
 
 
-def cost_ratio(table: Table, setting: str, control: str, treatment: str) -> dict[str, float]:
-    """Cost unit -> treatment over control, mean over seeds; units that both arms report in every pair."""
+def cost_ratio(table: Table, setting: str, control: str, treatment: str, price: str = "") -> dict[str, float]:
+    """Cost unit -> treatment over control, mean over seeds; units that both arms report in every pair.
+
+    price: a metric of the outcomes that counts as a cost as well.
+    """
     pairs = [
         (table.runs[setting, control, seed], table.runs[setting, treatment, seed])
         for seed in table.seeds(setting, control, treatment)
         if not any(table.diverged(setting, arm, seed) for arm in (control, treatment))
     ]
     ratios = {}
-    for unit in (*COST_UNITS, *MEASURED):
-        values = [(_cost(before, unit), _cost(after, unit)) for before, after in pairs]
+    for unit in (*COST_UNITS, *MEASURED, *([price] if price else [])):
+        read = spent if unit == price else _cost
+        values = [(read(before, unit), read(after, unit)) for before, after in pairs]
         known = [after / before for before, after in values if before and after is not None]
         if known and len(known) == len(pairs):
             ratios[unit] = float(np.mean(known))

@@ -110,14 +110,15 @@ def signed_words(contrast: Contrast, ninety: bool = False) -> str:
     return f"{shown[0]} ({label} {shown[1]} to {shown[2]}; {good} is better)"
 
 
-def saving_words(contrasts: Sequence[Contrast], least: float) -> str:
+def saving_words(contrasts: Sequence[Contrast], least: float, ninety: bool = False) -> str:
     weakest = min(contrasts, key=_strength)
     i = weakest.interval
     name = _name(weakest.endpoint)
     if not i.defined or i.estimate is None or i.low is None or i.high is None:
         return f"its saving of {name} is undefined ({i.reason})"
-    shown = _plain([100 * i.estimate, 100 * i.low, 100 * i.high])
-    spread = "counted" if i.low == i.high else f"{i.level.label} {shown[1]} to {shown[2]} %"
+    low, high = (i.low90, i.high90) if ninety else (i.low, i.high)
+    shown = _plain([100 * value for value in (i.estimate, low or 0.0, high or 0.0)])
+    spread = "counted" if low == high else f"{_label(i, ninety)} {shown[1]} to {shown[2]} %"
     return f"it saves {shown[0]} % of {name} ({spread}; at least {100 * least:g} % is wanted)"
 
 
@@ -131,14 +132,16 @@ def reason(decision: Decision, evidence: Evidence) -> str:
             return f"no worse than every control within the margin, and the saving {reached} its least value"
         reached = "reaches the margin" if decision.word == "supported" else "stays below the margin"
         return f"the lower bound is above 0 against every control, and the estimate {reached}"
-    names = _joined(list(dict.fromkeys(entry.control for entry in decision.against)))
+    names = joined(list(dict.fromkeys(entry.control for entry in decision.against)))
     if decision.word == "contradicted":
         if decision.broken_guard:
-            guards = _joined(list(dict.fromkeys(_name(entry.endpoint) for entry in decision.against)))
+            guards = joined(list(dict.fromkeys(_name(entry.endpoint) for entry in decision.against)))
             return f"the guard {guards} is shown to be worse by more than its margin (against {names})"
         if evidence.non_inferiority:
             return f"the interval lies wholly below minus the margin against {names}"
         return f"shown worse, and by at least the margin, against {names}"
+    if decision.too_little_saved:
+        return f"the 90 % interval of the saving lies below its least value against {names}"
     if decision.word == "no effect":
         return f"the 90 % interval lies inside plus or minus the margin against {names}"
     clauses = [f"{_name(entry.endpoint)} against {entry.control}: {why}" for entry, why in decision.undecided]
@@ -153,7 +156,7 @@ def _won(decision: Decision, evidence: Evidence, treatment: str, factor: bool) -
     if evidence.non_inferiority:
         weakest = min(main, key=_strength)
         parts = [
-            f"{treatment} is no worse than {_joined([entry.control for entry in main])} on {_name(weakest.endpoint)}:"
+            f"{treatment} is no worse than {joined([entry.control for entry in main])} on {_name(weakest.endpoint)}:"
             f" the difference is {signed_words(weakest)}, inside the margin of {margin}",
             saving_words(evidence.savings, evidence.least_saving),
         ]
@@ -167,7 +170,7 @@ def _won(decision: Decision, evidence: Evidence, treatment: str, factor: bool) -
         )
     said = "; and ".join(parts)
     if evidence.guards:
-        said += f"; {_joined([_name(group[0].endpoint) for group in evidence.guards])} stays within its margin"
+        said += f"; {joined([_name(group[0].endpoint) for group in evidence.guards])} stays within its margin"
     return said
 
 
@@ -182,6 +185,14 @@ def _lost(decision: Decision, evidence: Evidence, treatment: str, factor: bool) 
 
 def _nothing(decision: Decision, evidence: Evidence, treatment: str, factor: bool) -> str:
     first = decision.against[0]
+    if decision.too_little_saved:
+        saved = saving_words(decision.against, evidence.least_saving, ninety=True)
+        weakest = min(evidence.endpoints[0], key=_strength)
+        against = min(decision.against, key=_strength).control
+        return (
+            f"{treatment} saves too little against {against}: {saved}; on {_name(weakest.endpoint)} the difference is "
+            f"{signed_words(weakest)}, at a margin of {margin_words(weakest.endpoint)}"
+        )
     said = f"{treatment or first.control} changes {_name(first.endpoint)} by less than the margin of "
     said += f"{margin_words(first.endpoint)}: {signed_words(first, ninety=True)}"
     return said if factor else f"{said} against {first.control}"
@@ -196,7 +207,7 @@ def _open(decision: Decision, evidence: Evidence, treatment: str, factor: bool) 
     for entry, why in decision.undecided:
         groups.setdefault((_name(entry.endpoint), why), []).append(entry.control)
     for (name, why), controls in groups.items():
-        clauses.append(f"{name} against {_joined(controls)}: {why}" if not factor else f"{name}: {why}")
+        clauses.append(f"{name} against {joined(controls)}: {why}" if not factor else f"{name}: {why}")
     if evidence.excess_divergence:
         clauses.append(evidence.excess_divergence)
     return "not decided: " + "; ".join(clauses)
@@ -269,7 +280,7 @@ def _count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
-def _joined(names: Sequence[str]) -> str:
+def joined(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
 
 

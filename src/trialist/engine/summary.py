@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trialist.engine.contract import Arm, Endpoint, Trial
+from trialist.engine.contract import OVER, Arm, Endpoint, Trial
 from trialist.engine.home import write_atomic
-from trialist.engine.plain import clean, dump_json
+from trialist.engine.plain import clean, dump_json, thin
 from trialist.engine.records import Effect, RunRecord, Verdict, primary_setting, settings_of
 
 SCHEMA = 1
@@ -185,7 +185,7 @@ def evidence_document(summary: Mapping[str, Any]) -> dict[str, Any]:
     document = {key: summary[key] for key in EVIDENCE_KEYS}
     document |= {key: summary[key] for key in CONTEXT_KEYS if key in summary}
     document["curve_means"] = [
-        entry | {"points": _thin(entry["points"], 40)} for entry in summary.get("curve_means", [])
+        entry | {"points": thin(entry["points"], 40)} for entry in summary.get("curve_means", [])
     ]
     document["failures"] = [
         {key: value for key, value in failure.items() if key != "traceback"} for failure in summary.get("failures", [])
@@ -286,13 +286,6 @@ def _threats(given: Sequence[str], grouped: Mapping[tuple[str, str], Mapping[int
     return list(notes)
 
 
-def _thin(points: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` points, the first and the last among them."""
-    if len(points) <= most:
-        return list(points)
-    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
-
-
 def _curves(
     arms: Sequence[Arm], grouped: Mapping[tuple[str, str], Mapping[int, RunRecord]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -309,21 +302,25 @@ def _curves(
         for metric, curves in by_metric.items():
             place = {"setting": arm.setting, "arm": arm.name, "metric": metric}
             kept += [
-                place | {"seed": seed, "points": _thin(points, CURVE_POINTS)} for seed, points in curves[:KEPT_CURVES]
+                place | {"seed": seed, "points": thin(points, CURVE_POINTS)} for seed, points in curves[:KEPT_CURVES]
             ]
-            means.append(place | {"seeds": len(curves), "points": _mean_curve([points for _, points in curves])})
+            mean = _mean_curve([points for _, points in curves], at_points=OVER in metric)
+            means.append(place | {"seeds": len(curves), "points": mean})
     return kept, means
 
 
-def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[list[float]]:
-    """Mean over seeds at common budgets; interpolated inside the range of all where seeds differ in theirs."""
+def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]], at_points: bool) -> list[list[float]]:
+    """Mean over seeds at common budgets; interpolated inside the range of all where seeds differ in theirs.
+
+    at_points: points of one place belong together and their budgets are averaged too, as where a size is met only nearly.
+    """
     import numpy as np
 
     first = np.array([x for x, _ in curves[0]])
     if all(len(curve) == len(first) for curve in curves):
         table = np.array(curves)  # (seeds, points, 2)
-        if (table[:, :, 0] == first).all():
-            return _thin(np.stack([first, table[:, :, 1].mean(0)], axis=1).tolist(), CURVE_POINTS)
+        if at_points or (table[:, :, 0] == first).all():
+            return thin(table.mean(0).tolist(), CURVE_POINTS)
     low, high = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
     if low > high:
         return []

@@ -118,7 +118,7 @@ class _Trial:
         void = self._void(fatal, shown)
         main = evidence.endpoints[0]
         strongest = min(main, key=lambda e: (e.interval.estimate is not None, e.interval.estimate or 0.0)).control
-        ratios = {} if self.grid else cost_ratio(table, self.setting, strongest, self.treatment)
+        ratios = {} if self.grid else cost_ratio(table, self.setting, strongest, self.treatment, claim.price)
         more = () if void or decision.word != "inconclusive" else self._more(decision, evidence)
         said = self._said(decision, evidence, void, more, ratios, strongest)
         return Verdict(
@@ -272,7 +272,7 @@ class _Trial:
         return (
             reason(decision, evidence),
             said,
-            advice(decision, evidence, self.treatment, self.grid, ratios, more, strongest),
+            advice(decision, evidence, self.treatment, self.grid, ratios, more, strongest, self.trial.claim.price),
         )
 
     def _threats(

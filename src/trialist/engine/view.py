@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trialist.engine import wording
+from trialist.engine.contract import OVER
+from trialist.engine.plain import thin
 
 MOST_ROWS = 50
 """Rows of the tables of single seeds; the JSON has all"""
+MOST_RANGES, MOST_POINTS = 8, 12
+"""Readings over a range that are drawn, and their points that stand in words; the JSON has all"""
 SECTIONS = (
     ("effects", "What decides"),
     ("co_primary", "Must hold as well"),
@@ -33,6 +37,7 @@ def view_of(summary: Mapping[str, Any]) -> dict[str, Any]:
         "url": wording.source_url(summary["source"]),
         "margin": wording.margin_text(summary["margin"]),
         "unit": summary["unit"],
+        "effect_unit": wording.effect_unit(summary),
         "tiles": _tiles(summary, effect),
         "axis": _axis(summary),
         "sections": [
@@ -41,12 +46,13 @@ def view_of(summary: Mapping[str, Any]) -> dict[str, Any]:
             if summary.get(key)
         ],
         "measured": [
-            {"control": entry["control"], "effect": wording.effect_text(entry, summary["unit"])}
+            {"control": entry["control"], "effect": wording.effect_text(entry, wording.effect_unit(summary))}
             for entry in summary["effects"][:8]
         ],
         "panels": _seed_panels(summary, primary),
         "seed_tables": _seed_tables(summary),
         "curve_panels": _curve_panels(summary, primary),
+        "range_panels": _range_panels(summary, primary),
         "costs": _costs(summary, primary),
         "stages": _stages(summary.get("stages") or []),
         "items": summary.get("items") or [],
@@ -66,7 +72,11 @@ def _tiles(summary: Mapping[str, Any], effect: Mapping[str, Any] | None) -> list
         against = f"against {effect['control']}" + (", the strongest control" if many else "")
         value = wording.signed(effect["effect"], wording.effect_decimals(effect))
         tiles.append(
-            {"label": f"Effect, {summary['unit']}" if summary["unit"] else "Effect", "value": value, "note": against}
+            {
+                "label": ", ".join(filter(None, ("Effect", wording.effect_unit(summary)))),
+                "value": value,
+                "note": against,
+            }
         )
         tiles.append(
             {
@@ -86,8 +96,7 @@ def _tiles(summary: Mapping[str, Any], effect: Mapping[str, Any] | None) -> list
 
 
 def _axis(summary: Mapping[str, Any]) -> str:
-    scale = {"log": "log ratio", "logit": "difference in log odds"}.get(summary.get("scale") or "identity")
-    unit = scale or summary["unit"] or summary["endpoint"].replace("_", " ")
+    unit = wording.effect_unit(summary) or summary["endpoint"].replace("_", " ")
     return f"{unit}, right is better"
 
 
@@ -200,7 +209,7 @@ def _seed_tables(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _curve_panels(summary: Mapping[str, Any], primary: str) -> list[dict[str, Any]]:
     means = summary.get("curve_means") or []
-    metrics = list(dict.fromkeys(entry["metric"] for entry in means))
+    metrics = [name for name in dict.fromkeys(entry["metric"] for entry in means) if not _over_a_range(name, summary)]
     if not metrics:
         return []
     metric = summary["endpoint"] if summary["endpoint"] in metrics else metrics[0]
@@ -217,15 +226,7 @@ def _curve_panels(summary: Mapping[str, Any], primary: str) -> list[dict[str, An
         if not chosen:
             continue
         budget = (summary.get("budget") or {}).get(setting, "")
-        most = max(1, (48 if setting == primary else 24) // len(chosen))
-        seeds: list[dict[str, Any]] = []
-        for entry in chosen:
-            own = [
-                curve
-                for curve in summary.get("curves") or []
-                if (curve["setting"], curve["metric"], curve["arm"]) == (setting, metric, entry["arm"])
-            ]
-            seeds += own[:most]
+        seeds = _single_curves(summary, chosen, 48 if setting == primary else 24)
         xs = [point[0] for entry in chosen for point in entry["points"]]
         start = min(xs) + 0.08 * (max(xs) - min(xs))
         drawn = [point for entry in [*chosen, *seeds] for point in entry["points"]]
@@ -254,6 +255,65 @@ def _curve_panels(summary: Mapping[str, Any], primary: str) -> list[dict[str, An
             }
         )
     return panels
+
+
+def _range_panels(summary: Mapping[str, Any], primary: str) -> list[dict[str, Any]]:
+    """What the runs of the deciding setting read over a range of something else than the budget: a panel a reading."""
+    means = [
+        entry
+        for entry in summary.get("curve_means") or []
+        if entry["setting"] == primary and _over_a_range(entry["metric"], summary) and entry["points"]
+    ]
+    panels = []
+    for metric in list(dict.fromkeys(entry["metric"] for entry in means))[:MOST_RANGES]:
+        chosen = [entry for entry in means if entry["metric"] == metric]
+        seeds = _single_curves(summary, chosen, 24)
+        reading, over = metric.rsplit(OVER, 1)
+        xs = [x for entry in chosen for x, _ in entry["points"]]
+        values = [y for entry in [*chosen, *seeds] for _, y in entry["points"]]
+        pad = 0.06 * (max(values) - min(values) or abs(max(values)) or 1.0)
+        places = wording.decimals(*values)
+        panels.append(
+            {
+                "title": reading.replace("_", " "),
+                "x_title": over.replace("_", " "),
+                "y_title": f"by {over.replace('_', ' ')}",
+                "log": min(xs) > 0 and max(xs) >= 16 * min(xs),
+                "domain": (min(values) - pad, max(values) + pad),
+                "seeds": seeds,
+                "means": chosen,
+                "readings": [
+                    {
+                        "arm": entry["arm"],
+                        "text": ", ".join(
+                            f"{x:.3g}: {wording.plain(y, places)}" for x, y in thin(entry["points"], MOST_POINTS)
+                        ),
+                        "seeds": entry["seeds"],
+                    }
+                    for entry in chosen
+                ],
+                "all_seeds": sum(entry["seeds"] for entry in chosen),
+            }
+        )
+    return panels
+
+
+def _over_a_range(metric: str, summary: Mapping[str, Any]) -> bool:
+    return OVER in metric and metric != summary["endpoint"]
+
+
+def _single_curves(summary: Mapping[str, Any], chosen: Sequence[Mapping[str, Any]], most: int) -> list[dict[str, Any]]:
+    """The curves of single seeds behind the means `chosen`, of each arm as many as leave about `most` together."""
+    found: list[dict[str, Any]] = []
+    for entry in chosen:
+        place = [entry[key] for key in ("setting", "metric", "arm")]
+        own = [
+            curve
+            for curve in summary.get("curves") or []
+            if [curve[key] for key in ("setting", "metric", "arm")] == place
+        ]
+        found += own[: max(1, most // len(chosen))]
+    return found
 
 
 def _costs(summary: Mapping[str, Any], primary: str) -> dict[str, Any]:

@@ -83,6 +83,12 @@ def effect_text(effect: Mapping[str, Any], unit: str = "") -> str:
     return f"{text} {unit}" if unit else text
 
 
+def effect_unit(document: Mapping[str, Any]) -> str:
+    """Unit of effects and margin: that of the endpoint, or the scale of analysis where that is another."""
+    scale = {"log": "log ratio", "logit": "log odds"}.get(document.get("scale") or "identity")
+    return scale or document["unit"]
+
+
 def margin_text(value: float | None) -> str:
     return "none" if value is None else f"{value:g}"
 

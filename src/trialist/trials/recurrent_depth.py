@@ -34,6 +34,7 @@ class RecurrentDepthTrial(WalkTrial):
             Endpoint("accuracy_hardest_trained", unit="share of answers", better="higher"),
             Endpoint("flops_per_answer", unit="FLOPs", better="lower", scale="log"),
         ),
+        price="flops_per_answer",
     )
     budget = Budget("tokens")
     tuning = Tuning(
