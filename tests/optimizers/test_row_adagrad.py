@@ -97,3 +97,16 @@ def test_what_is_no_table_and_rates_out_of_range_are_refused() -> None:
         RowAdagrad([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
     with pytest.raises(ValueError, match="lr and eps must be > 0"):
         RowAdagrad([torch.nn.Parameter(torch.zeros(3, 2))], lr=0.0)
+
+
+def test_shards_of_a_table_are_refused():
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        table = distribute_tensor(torch.ones(4, 3), init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(ValueError, match="whole tables, not shards"):
+            RowAdagrad([torch.nn.Parameter(table)], lr=0.1)
+    finally:
+        dist.destroy_process_group()

@@ -189,6 +189,15 @@ class ModularDecoderConfig(PreTrainedConfig):
 
         return effective_depth(self)
 
+    @property
+    def linear_std(self) -> float:
+        """Standard deviation of the initial weights of a linear layer inside a branch."""
+        if self.depth != "recurrent":
+            return self.initializer_range
+        from trialist.models.recurrent_depth.settings import linear_std
+
+        return linear_std(self)
+
     def validate_layer_type(self) -> None:
         """Every slot holds a known name and every layer has one."""
         for field, registry in (("layer_types", MIXERS), ("ffn_types", FEED_FORWARDS)):

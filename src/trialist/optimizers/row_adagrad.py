@@ -18,13 +18,18 @@ class RowAdagrad(torch.optim.Optimizer):
 
     params: matrices (rows, d), or dicts of groups as torch takes them. Gradients may be dense or sparse COO of rows; rows
     that get no gradient, or one of zeros, stay as they are. The accumulators are float32. Raises ValueError for parameters
-    that are no matrices and for numbers out of range.
+    that are no matrices, for shards of parameters (FSDP2) and for numbers out of range.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, eps: float = 1e-8) -> None:
         if not lr > 0 or not eps > 0:
             raise ValueError(f"lr and eps must be > 0, not {lr} and {eps}")
         super().__init__(params, {"lr": lr, "eps": eps})
+        if any(hasattr(p, "device_mesh") for group in self.param_groups for p in group["params"]):
+            raise ValueError(
+                "RowAdagrad takes whole tables, not shards of them; keep the tables whole on every rank (parallel='ddp'), or "
+                "train them with AdamW"
+            )
         shapes = [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.dim() != 2]
         if shapes:
             raise ValueError(

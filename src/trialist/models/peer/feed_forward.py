@@ -20,18 +20,11 @@ class PEERFeedForward(PEER):
     recorded_in = "peer"
 
     def __init__(self, config: ModularDecoderConfig, layer_idx: int) -> None:
-        std = _linear_std(config)
+        std = config.linear_std
         spread = std * math.sqrt(config.hidden_size)  # of both factors, for input of unit variance
         inner = second_moment("silu", spread) * spread**2 * config.intermediate_size
         last = std / math.sqrt(2 * config.effective_depth)
         super().__init__(config.hidden_size, **config.settings("peer"), output_std=last * math.sqrt(inner))
-
-
-def _linear_std(config: ModularDecoderConfig) -> float:
-    """Standard deviation of the initial weights of a linear layer inside a branch."""
-    if config.depth == "recurrent" and config.settings("recurrent")["initialization"] == "takase":
-        return math.sqrt(2 / (5 * config.hidden_size))
-    return config.initializer_range
 
 
 def peer_layers(model: nn.Module) -> dict[str, PEER]:

@@ -91,7 +91,7 @@ class RecurrentDepth(nn.Module):
         """The paper's initial weights of one module, where the configuration asks for them."""
         if settings_of(config).initialization != "takase" or not isinstance(module, nn.Linear | nn.Embedding):
             return
-        std = math.sqrt(2 / (5 * config.hidden_size))
+        std = config.linear_std
         if getattr(module, "is_residual_output", False):
             std /= math.sqrt(2 * effective_depth(config))
         init.trunc_normal_(module.weight, mean=0.0, std=std, a=-3 * std, b=3 * std)

@@ -174,6 +174,12 @@ def effective_depth(config: ModularDecoderConfig) -> int:
     return prelude + core * settings_of(config).mean_recurrence + coda
 
 
+def linear_std(config: ModularDecoderConfig) -> float:
+    """Standard deviation of the initial weights of a linear layer inside a branch, by `initialization`."""
+    takase = settings_of(config).initialization == "takase"
+    return math.sqrt(2 / (5 * config.hidden_size)) if takase else config.initializer_range
+
+
 def check_settings(config: ModularDecoderConfig) -> None:
     """Raises ValueError for settings that cannot work."""
     settings = settings_of(config)
