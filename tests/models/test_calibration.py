@@ -36,8 +36,9 @@ def nats(model, rows: dict[str, Tensor]) -> float:  # type: ignore[no-untyped-de
         return float(-selected_logprobs(model, **rows).sum() / (rows["labels"] != -100).sum())
 
 
+@pytest.mark.parametrize("search", ["lazy", "greedy"])
 @pytest.mark.parametrize(("total", "step"), [(40, 1), (33, 1), (17, 1), (24, 4), (9, 3)])
-def test_tokens_go_where_they_lower_a_convex_loss_most(decoder, monkeypatch, total: int, step: int) -> None:
+def test_tokens_go_where_they_lower_a_convex_loss_most(decoder, monkeypatch, total: int, step: int, search) -> None:
     from trialist.models.eviction import calibration
 
     model = decoder(*["selective_attention"] * 3)
@@ -46,13 +47,49 @@ def test_tokens_go_where_they_lower_a_convex_loss_most(decoder, monkeypatch, tot
         return sum(need / budget for need, budget in zip((40.0, 1.0, 9.0), budgets))
 
     monkeypatch.setattr(calibration, "_loss", lambda model, batches: convex(get_budgets(model)))
-    found = calibrate_budgets(model, tokens(), total=total, step=step, progress=False)
+    found = calibrate_budgets(model, tokens(), total=total, step=step, search=search, progress=False)
     assert sum(found) == total
     splits = ((a, b, total - a - b) for a in range(2, 25) for b in range(2, 25) if 2 <= total - a - b <= 24)
     best = min(splits, key=convex)
     assert all(abs(ours - ideal) <= 3 * step for ours, ideal in zip(found, best))
     if step == 1:  # coarse cuts at the start may cost a little
         assert convex(found) <= 1.02 * convex(best)
+
+
+def test_the_lazy_search_finds_as_good_budgets_with_a_fraction_of_the_tries(decoder, monkeypatch) -> None:
+    from trialist.models.eviction import calibration
+
+    model, tries = decoder(*["selective_attention"] * 12), {"lazy": 0, "greedy": 0}
+    reached = {}
+    for search in ("lazy", "greedy"):
+
+        def convex(model, batches) -> float:  # type: ignore[no-untyped-def]
+            tries[search] += 1  # noqa: B023
+            return sum((3 + layer) ** 2 / budget for layer, budget in enumerate(get_budgets(model)))
+
+        monkeypatch.setattr(calibration, "_loss", convex)
+        set_budgets(model, None)
+        found = calibrate_budgets(model, tokens(), total=120, step=1, search=search, progress=False)
+        assert sum(found) == 120
+        reached[search] = convex(model, None)
+    assert reached["lazy"] <= 1.01 * reached["greedy"]
+    assert tries["lazy"] < tries["greedy"] / 4
+
+
+def test_the_lazy_search_gives_up_only_after_every_layer_was_tried(decoder, monkeypatch) -> None:
+    from trialist.models.eviction import calibration
+
+    model = decoder(*["selective_attention"] * 3)
+
+    def jumps(model, batches) -> float:  # type: ignore[no-untyped-def]
+        first, second, third = get_budgets(model)
+        # the third layer is dear until the first has lost tokens, so what is remembered of it is too much
+        return (24 - first) * 0.01 + (0.0 if first < 24 else 24 - third) + (24 - second) * 10.0
+
+    monkeypatch.setattr(calibration, "_loss", jumps)
+    found = calibrate_budgets(model, tokens(), target=0.2, step=1, progress=False)
+    assert found[2] == 2
+    assert found[1] is None
 
 
 @pytest.mark.parametrize("kind", EVICTING)

@@ -171,7 +171,14 @@ class ContextPruningTrial(AnyModelTextTrial):
             context.progress(index, len(POINTS))
             total = int(share * everything / entry) - layers  # a layer also holds the token that it evicts next
             budgets = calibrate_budgets(
-                model, held_out, total=total, step=self.step, start=budgets, batch_size=self.batch, progress=False
+                model,
+                held_out,
+                total=total,
+                step=self.step,
+                start=budgets,
+                batch_size=self.batch,
+                search="greedy",
+                progress=False,
             )
             stored = kv_bytes(model, row) / everything
             quality = bits_per_byte(model, *rows, batch=self.batch)

@@ -96,6 +96,9 @@ class PruneContext(ModelAndText):
     """Share of the budget that goes to the most recent tokens under h2o"""
     step: int = 8
     """Smallest cut of a layer's budget, in tokens"""
+    search: Literal["lazy", "greedy"] = "lazy"
+    """Greedy tries every layer before every cut, each a pass over the text; lazy only those that can be the next one, by what
+    their last try did"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,7 +140,9 @@ class PruneContext(ModelAndText):
                 goal = {"target": nats_per_token(bits, rows, fitted.bytes)}
             row = rows["input_ids"][:1]
             sizes, qualities = [kv_bytes(model, row)], [bits_per_byte(model, others, checked.bytes, batch=self.batch)]
-            calibrate_budgets(model, rows, **goal, step=self.step, batch_size=self.batch, progress=tenths(say))
+            calibrate_budgets(
+                model, rows, **goal, step=self.step, batch_size=self.batch, search=self.search, progress=tenths(say)
+            )
             sizes.append(kv_bytes(model, row))
             qualities.append(bits_per_byte(model, others, checked.bytes, batch=self.batch))
             save(tokenizer)

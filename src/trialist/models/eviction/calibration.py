@@ -7,9 +7,10 @@ L layers that can evict
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from trialist.models.eviction.policies import evicting_modules
 from trialist.models.scoring import selected_logprobs
 
 Report = Callable[[float, float, Mapping[str, float]], None]
+Search = Literal["lazy", "greedy"]
 
 
 def get_budgets(model: nn.Module) -> list[int | None]:
@@ -76,24 +78,31 @@ def calibrate_budgets(
     step: int = 8,
     start: Budgets = None,
     batch_size: int = 16,
+    search: Search = "lazy",
     progress: bool | Report = True,
 ) -> list[int | None]:
     """Budgets a layer, found greedily on a text, set in the model and its configuration, and returned.
 
     From full budgets on, the layer whose cut hurts least loses tokens, again and again: at first many at once, in the end
     `step` tokens, until a further cut would bring the loss above `target`, or until `total` tokens are left over all layers.
+    A try costs a pass over `rows`.
 
     rows: held-out TRAINING text, token ids `(N, T)` or a batch of N rows, on the model's device, as long as the texts that the
         budgets are for: nothing is known of longer ones. A text that results are reported on would be fitted.
     target: largest loss, mean nats a token; a layer of which no cut was harmless enough keeps everything, which is None.
     total: sum of the budgets, at most T tokens a layer. Give one of the two.
     start: begin with these budgets instead of full ones, such as those found for a larger total.
+    search: `greedy` tries every layer before every cut, L tries each. `lazy` remembers what a layer's cut did the last time it
+        was tried, takes that for the least it does now, as it mostly is, and tries in this order until no remembered harm is
+        below one just measured: a few tries a cut. Where it would give up, it tries all.
     progress: a bar where stderr is a terminal; or a callable that is told (done, total, numbers).
     Raises ValueError for a target that the model misses without any cut, a total that is out of reach from `start` or on rows
     so short, rows without a scored token, and models in which no layer can evict.
     """
     if (target is None) == (total is None):
         raise ValueError("give exactly one of target (nats a token) and total (tokens over all layers)")
+    if search not in get_args(Search):
+        raise ValueError(f"search is {search!r}; choose lazy or greedy")
     if step < 1:
         raise ValueError(f"step is {step}; it must be at least 1 token")
     before, modules = get_budgets(model), evicting_modules(model)
@@ -127,7 +136,7 @@ def calibrate_budgets(
 
     try:
         with evaluating(model), _reporting(progress) as report:
-            found = _descend(begun, floors, loss, target, total, step, longest, report)
+            found = _descend(begun, floors, loss, target, total, step, longest, search == "lazy", report)
     except BaseException:
         set_budgets(model, before)
         raise
@@ -138,7 +147,7 @@ def calibrate_budgets(
 
 def _descend(
     budgets: list[int], floors: list[int], loss: Callable[[Sequence[int]], float], target: float | None,
-    total: int | None, step: int, longest: int, report: Report,
+    total: int | None, step: int, longest: int, lazy: bool, report: Report,
 ) -> list[int]:  # fmt: skip
     at = loss(budgets)
     if target is not None and at > target:
@@ -149,20 +158,23 @@ def _descend(
     width = step
     while width * 2 <= longest // 4:
         width *= 2
+    remembered = [-math.inf] * len(budgets)  # nats a token of the cut, as of the last try
     while sum(budgets) > least:
         left = sum(budgets) - least
         while total is not None and width > step and width * len(budgets) > left:
             width //= 2  # fine cuts decide how the last tokens are shared
-        tries = []
-        for index, budget in enumerate(budgets):
-            cut = min(width, budget - floors[index], left)
+        tries: list[tuple[float, int, list[int]]] = []
+        for index in sorted(range(len(budgets)), key=lambda i: (remembered[i], -budgets[i])):
+            if lazy and tries and (remembered[index], -budgets[index]) > min(tries)[:2]:
+                break
+            cut = min(width, budgets[index] - floors[index], left)
             if cut > 0:
-                tried = [*budgets[:index], budget - cut, *budgets[index + 1 :]]
+                tried = [*budgets[:index], budgets[index] - cut, *budgets[index + 1 :]]
                 # differences below a hundred-thousandth of a nat are rounding: then the largest budget is cut
-                tries.append((round(loss(tried) - at, 5) / cut, -budget, tried))
+                remembered[index] = round(loss(tried) - at, 5) / cut
+                if target is None or loss(tried) <= target:
+                    tries.append((remembered[index], -budgets[index], tried))
             report(first - sum(budgets), first - least, {"loss": at, "tokens": sum(budgets)})
-        if target is not None:
-            tries = [entry for entry in tries if loss(entry[-1]) <= target]
         if tries:
             budgets = min(tries)[-1]
             at = loss(budgets)
