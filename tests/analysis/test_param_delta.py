@@ -36,4 +36,6 @@ def test_relatives_raise_no_objection_and_foreigners_do(models, tmp_path, capsys
     assert len(json.loads(file.read_text())["tensors"]) == 21
     with pytest.raises(ValueError, match="exists; give a new file"):
         main([*shared, "--base-new", models["new"], "--output", str(file)])
+    with pytest.raises(ValueError, match=r"there is no folder .*nowhere; make it first"):
+        main([*shared, "--base-new", "no model is read", "--output", str(tmp_path / "nowhere" / "report.json")])
     assert {path.name for path in tmp_path.iterdir()} == {*models, "report.json"}

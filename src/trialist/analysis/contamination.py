@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from trialist.data.matching import Matching
+from trialist.data.columns import listed
+from trialist.data.matching import Matching, remarks
 
 if TYPE_CHECKING:
-    from trialist.data.overlap import OverlapIndex
-    from trialist.data.scan import Match, Scan
+    from datasets import Dataset
 
-LISTED_NGRAMS = 50
-EDGES = (0.0, 0.25, 0.5, 0.75)
-"""Items are counted by share: none, up to each of these, below 1, and 1"""
+ENDINGS = {"page": ".html", "data": ".json", "table": ".tsv", "templates": ".templates.txt"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +25,15 @@ class ContaminationAnalysis(Matching):
 
     An item is contaminated when one training row covers more than half of its words with n-grams of 8 words (the rule of
     Tulu 3; --preset and the options below it change that). Writes OUTPUT.html, a page with rates, matches side by side and the
-    most frequent n-grams, and OUTPUT.json with every item that shares an n-gram. n-grams do not find paraphrases.
+    most frequent phrases, OUTPUT.json with every item that shares an n-gram, OUTPUT.tsv with the rates, and
+    OUTPUT.templates.txt, phrases of several items, which --ignored takes. n-grams do not find paraphrases. What was scanned
+    before an interruption is not scanned again.
     """
 
+    resumes: ClassVar[bool] = True
     train: tuple[str, ...]
-    """Training data, one or several: local .jsonl, .json, .parquet or text file or folder, Hub id, or built-in name"""
+    """Training data, one or several: local .jsonl, .json, .parquet or text file or folder, Hub id, or built-in name; columns to
+    look at stand behind a colon: rows.jsonl:question, owner/name::question"""
     output: str = "contamination"
     """Where the report goes, without an ending"""
     rate: float = 0.02
@@ -55,179 +57,100 @@ class ContaminationAnalysis(Matching):
             raise ValueError(f"--max-examples must be at least 1, not {self.max_examples}")
 
     def __call__(self, say: Callable[[str], None] = print) -> Mapping[str, Any]:
-        """Scans, writes both files, and returns what to show: rates per benchmark and data set, and the paths."""
+        """Scans, writes the files, and returns what to show: rates per benchmark and data set, and the paths."""
         from trialist.analysis.contamination_page import render
+        from trialist.analysis.contamination_report import summary, table, templates
+        from trialist.data.scanner import SUFFIX
+        from trialist.data.subset import replacing_all
 
         stem = Path(self.output).expanduser()
-        if stem.suffix in (".html", ".json"):
+        if stem.suffix in (".html", ".json", ".tsv"):
             stem = stem.with_suffix("")
         if stem.parent.is_file():
             raise ValueError(f"--output {self.output}: {stem.parent} is a file, not a folder")
-        report = self.report(say)
-        page, data = stem.with_name(stem.name + ".html"), stem.with_name(stem.name + ".json")
+        paths = {name: stem.with_name(stem.name + ending) for name, ending in ENDINGS.items()}
+        for path in paths.values():
+            if path.exists():
+                raise ValueError(f"--output: {path} exists; give another --output, so that nothing is overwritten")
+        report = self.report(say, folder=stem.with_name(stem.name + SUFFIX))
         texts = {
-            data: json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-            page: render(report, self.examples),
+            "page": render(report, self.examples),
+            "data": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+            "table": table(report),
+            "templates": "".join(f"{phrase}\n" for phrase in templates(report)),
         }
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        for path, text in texts.items():
-            _write(path, text)
-        return _shown(report) | {"page": str(page), "data": str(data)}
+        texts = {name: text for name, text in texts.items() if text}
+        with replacing_all(*(paths[name] for name in texts)) as temporary:
+            for path, text in zip(temporary, texts.values()):
+                path.write_text(text, encoding="utf-8")
+        shutil.rmtree(stem.with_name(stem.name + SUFFIX), ignore_errors=True)
+        return summary(report) | {name: str(paths[name]) for name in texts}
 
-    def report(self, say: Callable[[str], None] = print) -> dict[str, Any]:
-        """Everything that was found, in JSON types."""
+    def report(
+        self,
+        say: Callable[[str], None] = print,
+        *,
+        tables: Mapping[str, Dataset] | None = None,
+        folder: Path | None = None,
+    ) -> dict[str, Any]:
+        """Everything that was found, in JSON types.
+
+        tables: data sets by the names that stand for them in `train` and `benchmarks`. folder: where scans are kept until it is
+        removed, so that another report goes on from them.
+        """
+        from trialist.analysis.contamination_report import described
         from trialist.data.corpora import data_digest
-        from trialist.data.scan import Scan, scan_rows
-        from trialist.data.streams import stream_rows
+        from trialist.data.scanner import Scanner
+        from trialist.data.streams import split_columns
+        from trialist.data.subset import not_read
 
-        rule, texts = self.decision(), self.row_texts()
-        digests = {name: data_digest(name) for name in self.train}  # first, so that a wrong name is told at once
-        index = self.index(say)
+        tables = tables or {}
+        named = {name: (name, ()) if name in tables else split_columns(name) for name in self.train}
+        # first, so that a wrong name is told at once
+        digests = {
+            name: tables[name]._fingerprint if name in tables else data_digest(named[name][0]) for name in self.train
+        }
+        index = self.index(say, tables)
+        scanner = Scanner(self, index, folder, say, tables)
         trains = []
-        for name in self.train:
+        for name, (data, columns) in named.items():
             began = time.perf_counter()
-            rows = stream_rows(name, split=self.split, wanted=texts.columns, max_examples=self.max_examples)
-            scan = scan_rows(Scan(index, rule), rows, texts, name=name, say=say)
-            if scan.rows == 0:
-                raise ValueError(f"{name} holds no rows")
-            about = {"name": name, "digest": digests[name], "seconds": round(time.perf_counter() - began, 2)}
+            scan = scanner.scan(data, digests[name], columns=columns, limit=self.max_examples)
+            about = {
+                "name": name,
+                "digest": digests[name],
+                "seconds": round(time.perf_counter() - began, 2),
+                "not looked at": [] if name in tables else not_read(data, self.split),
+            }
             trains.append(about | described(scan, self.rate))
         return {
-            "schema": 1,
+            "schema": 2,
             "date": time.strftime("%Y-%m-%d %H:%M"),
             "settings": self.settings() | {"rate": self.rate},
             "benchmarks": [
                 {"name": items.name, "fields": list(items.fields), "items": len(items)} for items in index.benchmarks
             ],
+            "remarks": remarks(index),
             "ngrams": index.ngrams,
             "train": trains,
         }
 
 
-def described(scan: Scan, rate: float) -> dict[str, Any]:
-    """What a scan found, in JSON types. rate: the share of items above which a benchmark is contaminated."""
-    import numpy as np
+def contamination_report(
+    train: Dataset | Mapping[str, Dataset],
+    benchmarks: Sequence[str] | Mapping[str, Dataset],
+    *,
+    say: Callable[[str], None] = lambda _: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The report of `trialist analyze contamination` for data sets in memory.
 
-    index = scan.index
-    share, union = scan.share(), scan.union()
-    contaminated, found_short = scan.contaminated(), scan.found_short()
-    benchmarks = []
-    for number, items in enumerate(index.benchmarks):
-        own = index.item_benchmark == number
-        hit, size = int(contaminated[own].sum()), len(items)
-        low, high = wilson(hit, size)
-        benchmarks.append(
-            {
-                "name": items.name,
-                "items": size,
-                "contaminated": hit,
-                "rate": hit / size if size else None,
-                "low": low,
-                "high": high,
-                "above": bool(size and hit / size > rate),
-                "sharing": int(((scan.sharing > 0) & own & ~index.item_short).sum()),
-                "short": int((index.item_short & own).sum()),
-                "short found": int((found_short & own).sum()),
-                "empty": int((index.item_empty & own).sum()),
-                "by share": by_share(share[own & ~index.item_short & ~index.item_empty]),
-            }
-        )
-    matches = scan.matches
-    order = sorted(matches, key=lambda item: (-share[item], index.item_benchmark[item], item))
-    return {
-        "rows": scan.rows,
-        "rows without text": scan.empty,
-        "characters": scan.characters,
-        "rows sharing an n-gram": scan.rows_sharing,
-        "rows contaminating": scan.rows_contaminating,
-        "benchmarks": benchmarks,
-        "items": [_item(scan, item, matches[item], share, union, contaminated) for item in order],
-        "frequent n-grams": [_ngram(index, int(at), scan) for at in _most_work(scan, np)],
-    }
-
-
-def _item(scan: Scan, item: int, match: Match, share: Any, union: Any, contaminated: Any) -> dict[str, Any]:
-    index = scan.index
-    benchmark, name = index.name(item)
-    return {
-        "benchmark": benchmark,
-        "id": name,
-        "contaminated": bool(contaminated[item]),
-        "short": bool(index.item_short[item]),
-        "words": int(index.item_words[item]),
-        "share": round(float(share[item]), 6),
-        "coverage": round(float(scan.coverage[item]), 6),
-        "longest": round(float(scan.longest[item]), 6),
-        "union": round(float(union[item]), 6),
-        "rows sharing": int(scan.sharing[item]),
-        "rows contaminating": int(scan.exceeding[item]),
-        "fields": [_writable(text) for text in index.texts(item)],
-        "spans": [list(span) for span in match.spans],
-        "row": str(match.place),
-        "row text": _writable(match.excerpt.text),
-        "row spans": [list(span) for span in match.excerpt.marks],
-        "row goes on": list(match.excerpt.cut),
-    }
-
-
-def _most_work(scan: Scan, np: Any) -> Any:
-    """The n-grams that join most pairs of item and row: of templates there are many."""
-    spread = np.diff(scan.index.posting_begin)
-    pairs = scan.frequency * spread
-    most = np.argsort(-pairs, kind="stable")[:LISTED_NGRAMS]
-    return most[pairs[most] > 0]
-
-
-def _ngram(index: OverlapIndex, phrase: int, scan: Scan) -> dict[str, Any]:
-    return {
-        "text": _writable(index.phrase_text(phrase)),
-        "rows": int(scan.frequency[phrase]),
-        "items": int(index.posting_begin[phrase + 1] - index.posting_begin[phrase]),
-    }
-
-
-def by_share(share: Any) -> list[int]:
-    """How many items have a share of 0, up to 1/4, up to 1/2, up to 3/4, below 1, and 1."""
-    counts = [int((share == 0).sum())]
-    for low, high in zip(EDGES, (*EDGES[1:], 1.0)):
-        counts.append(int(((share > low) & ((share <= high) if high < 1 else (share < 1))).sum()))
-    return [*counts, int((share == 1).sum())]
-
-
-def wilson(hits: int, size: int) -> tuple[float | None, float | None]:
-    """95 % interval of Wilson for a share, as if the items were drawn one by one from items like them; None without items."""
-    if not size:
-        return None, None
-    z = 1.959964
-    share, spread = hits / size, z * z / size
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * (share * (1 - share) / size + spread / (4 * size)) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def _shown(report: Mapping[str, Any]) -> dict[str, Any]:
-    shown: dict[str, Any] = {}
-    for train in report["train"]:
-        several = f"{train['name']}: " if len(report["train"]) > 1 else ""
-        shown[f"{several}rows"] = f"{train['rows']:,} ({train['rows contaminating']:,} contaminate an item)"
-        for entry in train["benchmarks"]:
-            text = f"{entry['contaminated']:,} of {entry['items']:,} items"
-            if entry["rate"] is not None:
-                text += f", {entry['rate']:.2%} [{entry['low']:.2%}, {entry['high']:.2%}]"
-            if entry["short"]:
-                text += f"; {entry['short found']:,} of {entry['short']:,} short items stand whole in a row"
-            shown[several + entry["name"]] = text
-    return shown
-
-
-def _writable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".unfinished")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    train: one data set, called `train`, or several by name. benchmarks: as `--benchmarks` takes them, or data sets by name.
+    options: the other fields of `ContaminationAnalysis` and `Matching`.
+    """
+    trains = dict(train) if isinstance(train, Mapping) else {"train": train}
+    exams = dict(benchmarks) if isinstance(benchmarks, Mapping) else {}
+    if both := trains.keys() & exams.keys():
+        raise ValueError(f"{listed(both)} names training data and a benchmark; give one of them another name")
+    analysis = ContaminationAnalysis(train=tuple(trains), benchmarks=tuple(benchmarks), **options)
+    return analysis.report(say, tables=trains | exams)

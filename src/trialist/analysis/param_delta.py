@@ -22,8 +22,9 @@ class ParamDeltaAnalysis:
     """Post-trained model"""
     base: str
     """Base that it was trained from"""
-    on_mismatch: Literal["error", "skip", "by-token"] = "error"
-    """Where names, shapes or vocabularies differ: stop and list them, leave such tensors out, or match rows by token"""
+    on_mismatch: Literal["error", "skip", "by-token", "by-row"] = "error"
+    """Where names, shapes or vocabularies differ: stop and list them, leave such tensors out, or match embedding rows by
+    token, or by number where tokens were only renamed"""
     output: str | None = None
     """File for everything, tensor by tensor, as JSON"""
 
@@ -34,6 +35,8 @@ class ParamDeltaAnalysis:
 
         if self.output is not None and Path(self.output).exists():
             raise ValueError(f"--output {self.output} exists; give a new file, so that nothing is overwritten")
+        if self.output is not None and not Path(self.output).parent.is_dir():
+            raise ValueError(f"--output {self.output}: there is no folder {Path(self.output).parent}; make it first")
         with progress_bar("param-delta") as progress:
             report = delta_diagnostics(
                 self.base_new, self.post, self.base, on_mismatch=self.on_mismatch, progress=progress

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from trialist.data.preferences import PreferencePair
-
-DEFAULT_LENGTH = 1024
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -21,7 +17,7 @@ class RewardsAnalysis:
     """
 
     model: str
-    """Reward model (sequence classification with one label): Hub id or local folder"""
+    """Reward model (sequence classification with one label): Hub id, local folder, or adapter that names its model"""
     data: str
     """Rows of preferences: Hub id, local .jsonl, .json or .parquet file or folder"""
     output: str | None = None
@@ -36,6 +32,8 @@ class RewardsAnalysis:
     """Most tokens of a prompt with its answer; longer answers lose their end. Without it 1024, or the model's context"""
     batch: int = 16
     """Sequences in a forward pass"""
+    drop_long: bool = False
+    """Leave rows out whose prompt is longer than the model's context, instead of an error"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Numbers that the model computes in"""
     device: Literal["auto", "cpu"] = "auto"
@@ -47,32 +45,26 @@ class RewardsAnalysis:
 
         from trialist.data.filter_preferences import CHOSEN_REWARD, REJECTED_REWARD
         from trialist.data.preference_files import check_rows_output, write_rows
-        from trialist.data.preferences import encode_preferences, notes, read_preferences
-        from trialist.data.tokenizers import load_tokenizer
-        from trialist.models.loading import model_context
-        from trialist.models.reward_model import load_reward_model, padding_token
+        from trialist.data.preferences import read_preferences
+        from trialist.data.reward_groups import label_of
+        from trialist.models.reward_scoring import RewardScorer
 
         output = None if self.output is None else check_rows_output(self.output)
         if self.batch < 1:
             raise ValueError(f"--batch must be at least 1, not {self.batch}")
         rows = read_preferences(self.data, columns=self.columns, split=self.split, max_examples=self.max_examples)
-        tokenizer = load_tokenizer(self.model)
-        padding = padding_token(tokenizer)
-        context = model_context(self.model)
-        length = self.length or min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
-        if context is not None and length > context:
-            raise ValueError(f"--length {length} is longer than {self.model} takes, {context} tokens")
-        pairs, counts = encode_preferences(rows, tokenizer, max_length=length, context=context, source=self.data)
-        for note in notes(counts, length):
-            say(f"note: {note}")
+        for number, row in enumerate(rows, start=1):
+            label_of(row, f"{self.data} row {number}")
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = "cpu" if self.device == "cpu" or accelerator is None else str(accelerator)
-        model, new = load_reward_model(self.model, dtype=self.dtype, device=device, pad_token_id=padding)
-        if new:
-            raise ValueError(
-                f"model {self.model!r} is no reward model: it has no head for a reward; make one with `trialist train reward`"
-            )
-        rewards, scored = pair_rewards(model, pairs, pad_token_id=padding, batch=self.batch, say=say)
+        scorer = RewardScorer.load(self.model, length=self.length, batch=self.batch, dtype=self.dtype, device=device)
+        pairs = scorer.encode(rows, source=self.data, drop_long=self.drop_long, say=say)
+        rewards, scored = scorer.of_pairs(pairs, say)
+        for pair, both in zip(pairs, rewards, strict=True):
+            if not all(map(math.isfinite, both)):
+                raise ValueError(
+                    f"{self.data} row {pair.row + 1}: the model's rewards are {both[0]} and {both[1]}, no numbers; is it whole?"
+                )
         found = [
             {**rows[pair.row], CHOSEN_REWARD: chosen, REJECTED_REWARD: rejected}
             for pair, (chosen, rejected) in zip(pairs, rewards, strict=True)
@@ -87,42 +79,18 @@ class RewardsAnalysis:
         }
 
 
-def pair_rewards(
-    model: Any,
-    pairs: Sequence[PreferencePair],
-    *,
-    pad_token_id: int,
-    batch: int = 16,
-    say: Callable[[str], None] | None = None,
-) -> tuple[list[tuple[float, float]], int]:
-    """The rewards of chosen and rejected of each pair, and how many sequences were scored: each distinct one once."""
-    from trialist.models.reward_model import sequence_rewards
-
-    sequences = [(*pair.prompt, *answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-    tenths = [0]
-
-    def progress(done: int, total: int) -> None:
-        if say is not None and 10 * done // total > tenths[0]:
-            tenths[0] = 10 * done // total
-            say(f"scored {done:,} of {total:,} sequences")
-
-    rewards = sequence_rewards(model, sequences, pad_token_id=pad_token_id, batch=batch, progress=progress).tolist()
-    return list(zip(rewards[::2], rewards[1::2])), len(set(sequences))
-
-
 def agreement(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """How often the rewards are in the order of the labels, ties left out, by kind of pair; and of ties the mean distance."""
+    """How often the rewards are in the order of the labels, ties left out and equal rewards one half, by kind of pair; and of
+    ties the mean distance."""
     from trialist.data.filter_preferences import CHOSEN_REWARD, REJECTED_REWARD
+    from trialist.data.reward_groups import label_of
 
     shown = {}
     kinds = [str(row.get("pair_type") or "original") for row in rows]
     for kind in dict.fromkeys(kinds):
         gaps = [
-            (
-                row[CHOSEN_REWARD] - row[REJECTED_REWARD],
-                1.0 if row.get("label_prob") is None else float(row["label_prob"]),
-            )
-            for row, own in zip(rows, kinds)
+            (row[CHOSEN_REWARD] - row[REJECTED_REWARD], label_of(row, f"row {number}"))
+            for number, (row, own) in enumerate(zip(rows, kinds), start=1)
             if own == kind
         ]
         decided = [gap if label > 0.5 else -gap for gap, label in gaps if label != 0.5]

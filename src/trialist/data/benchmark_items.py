@@ -1,22 +1,28 @@
 """Items of benchmarks as texts to look for: which fields of which rows, by name.
 
-Names are those of this table, names of `benchmark_names()`, and local files or Hub ids. What the table says of Hub data sets
-is the list of evaluations of open-instruct (arXiv 2411.15124, and its later additions), question fields only.
+Names are those of `benchmark_sources`, names of `benchmark_names()`, local files and Hub ids; any of them may be followed by
+the columns that make up an item.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from trialist.data.benchmark_sources import SOURCES, Source
 from trialist.data.benchmarks import benchmark_names, documents
 from trialist.data.columns import listed
-from trialist.data.corpora import split_names
+from trialist.data.corpora import HUB_ID, split_names
 from trialist.data.files import ROW_SUFFIXES, TEXT_SUFFIXES, read_text, suffix_of
-from trialist.data.streams import Row, stream_rows
+from trialist.data.streams import Row, split_columns, stream_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 FIELDS = (
     "question", "problem", "prompt", "query", "instruction", "goal", "ctx", "sentence", "question_stem", "premise", "passage",
@@ -26,7 +32,7 @@ FIELDS = (
 IDS = ("id", "task_id", "question_id", "query_id", "key", "idx", "ind", "index")
 LEFT_OUT = ("minerva_math_500/gold_bpb_0shot",)
 """Matches a pattern and is a part of the others"""
-WRAPPINGS = (("Question: ", "\nAnswer:"), ("Problem:\n", "\nSolution:"), ("Goal: ", "\nAnswer:"))
+PROMPT = re.compile(r"(?:(?:Category: [^\n]*\n)?(?:Question|Goal): |Problem:\n)(.*)\n(?:Answer|Solution):", re.DOTALL)
 """What the asset's prompts put around a question: no part of it"""
 
 
@@ -39,87 +45,39 @@ class Items:
     ids: tuple[str, ...]
     texts: tuple[tuple[str, ...], ...]
     """(items, fields); an empty string where a row has nothing in the field"""
+    remark: str = ""
+    """What to know before a rate is read, for example that these are a sample"""
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where the items of a benchmark come from."""
-
-    asset: str
-    """Name of rows in the asset `benchmarks`, or a pattern with one `*` for several; empty for a Hub data set"""
-    fields: tuple[str, ...]
-    hub: str = ""
-    split: str = "test"
-
-
-SOURCES: dict[str, Source] = {
-    "gsm8k": Source("gsm8k/gold_bpb_5shot", ("question",)),
-    "math": Source("minerva_math_*/gold_bpb_0shot", ("problem",)),
-    "math500": Source("minerva_math_500/gold_bpb_0shot", ("problem",)),
-    "mmlu": Source("hails/mmlu_no_train/*/test", ("question",)),
-    "humaneval": Source("codex_humaneval/gold_bpb_0shot", ("prompt",)),
-    "mbpp": Source("codex_mbpp/gold_bpb_0shot", ("text",)),
-    "drop": Source("drop/bpb_5shot", ("passage", "question")),
-    "hellaswag": Source("hellaswag/none/validation", ("ctx",)),
-    "arc_easy": Source("arc_easy/test_rc_5shot", ("query",)),
-    "arc_challenge": Source("arc_challenge/test_rc_5shot", ("query",)),
-    "boolq": Source("boolq/none/validation", ("passage", "question")),
-    "piqa": Source("piqa/plain_text/validation", ("goal",)),
-    "winogrande": Source("winogrande/winogrande_xl/validation", ("sentence",)),
-    "openbookqa": Source("openbookqa/test_rc_5shot", ("query",)),
-    "sciq": Source("sciq/none/validation", ("question",)),
-    "commonsense_qa": Source("tau/commonsense_qa/none/validation", ("question",)),
-    "social_iqa": Source("social_i_qa/none/validation", ("context", "question")),
-    "copa": Source("super_glue/copa/validation", ("premise",)),
-    "lambada": Source("lambada/bpb_0shot", ("query",)),
-    "triviaqa": Source("trivia_qa/rc.wikipedia.nocontext/validation", ("question",)),
-    "nq_open": Source("nq_open/none/validation", ("question",)),
-    "medmcqa": Source("medmcqa/rc_5shot", ("question",)),
-    "medqa": Source("medqa_en/rc_5shot", ("question",)),
-    "jeopardy": Source("jeopardy/bpb_5shot", ("query",)),
-    "squad": Source("squad/bpb_5shot", ("query",)),
-    "coqa": Source("coqa/bpb_0shot", ("story", "question")),
-    "popqa": Source("", ("subj", "prop", "obj"), "akariasai/PopQA"),
-    "ifeval": Source("", ("prompt",), "google/IFEval", "train"),
-    "alpaca_eval": Source("", ("instruction",), "tatsu-lab/alpaca_eval", "eval"),
-    "bbh": Source("", ("input",), "lukaemon/bbh"),
-    "truthfulqa": Source("", ("question",), "truthfulqa/truthful_qa:generation", "validation"),
-    "mmlu_pro": Source("", ("question",), "TIGER-Lab/MMLU-Pro"),
-    "gpqa": Source("", ("Question",), "Idavidrein/gpqa:gpqa_extended", "train"),
-    "agi_eval": Source("", ("passage", "question"), "lighteval/agi_eval_en", "train"),
-    "bigcodebench": Source("", ("instruct_prompt",), "bigcode/bigcodebench", "v0.1.2"),
-    "deepmind_math": Source("", ("question",), "deepmind/math_dataset"),
-    "aime_2024": Source("", ("problem",), "HuggingFaceH4/aime_2024", "train"),
-    "aime_2025": Source("", ("problem",), "yentinglin/aime_2025", "train"),
-    "simpleqa": Source("", ("problem",), "basicv8vc/SimpleQA"),
-    "toxigen": Source("", ("prompt",), "hamishivi/toxigen-prompts", "train"),
-    "xstest": Source("", ("prompt",), "walledai/XSTest"),
-    "wildguard": Source("", ("prompt",), "allenai/wildguardmix:wildguardtest"),
-    "harmbench": Source("", ("Behavior",), "allenai/tulu-3-harmbench-eval"),
-    "do_anything_now": Source("", ("prompt",), "allenai/tulu-3-do-anything-now-eval"),
-}
-
-
 def load_items(
-    name: str, *, fields: tuple[str, ...] = (), split: str | None = None, max_items: int | None = None
+    name: str,
+    *,
+    fields: tuple[str, ...] = (),
+    split: str | None = None,
+    max_items: int | None = None,
+    table: Dataset | None = None,
 ) -> Items:
     """The items of a benchmark.
 
     name: of `SOURCES`, `mmlu_SUBJECT`, a name of `benchmark_names()`, a local file or folder (a text file holds an item a
-    line), or a Hub id. fields: which columns make up an item; without them those of the table, else the first of `FIELDS`.
-    split: of local or Hub data; without it `test` where there is one.
+    line), or a Hub id, and the columns of an item behind a colon (`split_columns`). fields: which columns make up an item;
+    without them those that are named or known, else the first of `FIELDS`. split: of files and Hub ids that `SOURCES` does not
+    know; without it `test` where there is one. table: the rows, where `name` is but what they are called.
     Raises ValueError for an unknown name, missing fields and values that are no text, FileNotFoundError for a missing asset.
     """
     if max_items is not None and max_items < 1:
         raise ValueError(f"max_items must be at least 1, not {max_items}")
-    rows, known = _rows(name, split)
-    chosen = fields or known
+    bare, named = (name, ()) if table is not None else split_columns(name, _asset_names())
+    source = None if table is not None else SOURCES.get(bare)
+    rows, known = (table, ()) if table is not None else _rows(bare, split)
+    chosen = fields or named or known
     ids: list[str] = []
     texts: list[tuple[str, ...]] = []
-    for number, row in enumerate(islice(rows, max_items), start=1):
+    rest = iter(rows)
+    for number, row in enumerate(islice(rest, max_items), start=1):
         chosen = chosen or _guess(name, row)
         ids.append(next((str(row[key]) for key in IDS if isinstance(row.get(key), str | int)), str(number)))
         texts.append(tuple(_text(name, number, field, row) for field in chosen))
@@ -127,7 +85,12 @@ def load_items(
         raise ValueError(f"benchmark {name!r} holds no items")
     if len(set(ids)) < len(ids):
         ids = [str(number) for number in range(1, len(ids) + 1)]
-    return Items(name, chosen, tuple(ids), tuple(texts))
+    remark = ""
+    if source and source.all_items:
+        remark = f"these {len(ids):,} items are a sample of the benchmark, which is {source.all_items} on the Hub"
+    elif next(rest, None) is not None:
+        remark = f"only the first {len(ids):,} items were taken"
+    return Items(name, chosen, tuple(ids), tuple(texts), remark)
 
 
 def _rows(name: str, split: str | None) -> tuple[Iterable[Row], tuple[str, ...]]:
@@ -141,9 +104,33 @@ def _rows(name: str, split: str | None) -> tuple[Iterable[Row], tuple[str, ...]]
         source = Source("", (), name, split or "test")
     if source is None:
         source = Source(name, ())
-    if source.asset:
-        return _asset_rows(name, source.asset), source.fields
-    return (row for _, row in stream_rows(source.hub, split=split or source.split)), source.fields
+    if not source.asset:
+        return _hub_rows(source), source.fields
+    rows = _asset_rows(name, source.asset)
+    if not source.pattern:
+        return rows, source.fields
+    pattern = re.compile(source.pattern, re.DOTALL)
+    return _cut_rows(rows, source.fields[0], pattern), tuple(pattern.groupindex)
+
+
+def _cut_rows(rows: Iterable[Row], column: str, pattern: re.Pattern[str]) -> Iterator[Row]:
+    for number, row in enumerate(rows, start=1):
+        match = pattern.fullmatch(row[column])
+        if match is None:
+            raise ValueError(f"item {number}: {column!r} is not of the form {pattern.pattern!r}: {row[column][:80]!r}")
+        yield {**row, **match.groupdict()}
+
+
+def _hub_rows(source: Source) -> Iterator[Row]:
+    name, _, configuration = source.hub.partition(":")
+    if configuration != "*":
+        yield from (row for _, row in islice(stream_rows(source.hub, split=source.split), source.limit))
+        return
+    import datasets
+
+    for part in datasets.get_dataset_config_names(name):
+        rows = islice(stream_rows(f"{name}:{part}", split=source.split), source.limit)
+        yield from ({**row, "id": f"{part} {number}"} for number, (_, row) in enumerate(rows, start=1))
 
 
 def _asset_rows(name: str, asset: str) -> Iterator[Row]:
@@ -171,10 +158,14 @@ def _is_hub_id(name: str) -> bool:
         or suffix_of(Path(name)) in (*TEXT_SUFFIXES, *ROW_SUFFIXES)
     ):
         return False
+    return name not in _asset_names()
+
+
+def _asset_names() -> tuple[str, ...]:
     try:
-        return name not in benchmark_names()
-    except FileNotFoundError:  # without the asset nothing has such a name
-        return True
+        return (*SOURCES, *benchmark_names())
+    except FileNotFoundError:  # without the asset nothing has a name of it
+        return tuple(SOURCES)
 
 
 def _local_rows(path: Path, split: str | None) -> Iterator[Row]:
@@ -193,7 +184,7 @@ def _guess(name: str, row: Row) -> tuple[str, ...]:
             return (field,)
     raise ValueError(
         f"benchmark {name!r}: expected a column such as {listed(FIELDS[:4])}, found {listed(row)}; "
-        "name the columns of an item with --benchmark-fields"
+        f"name the columns of an item behind it, {_with_columns(name)}"
     )
 
 
@@ -201,14 +192,17 @@ def _text(name: str, number: int, field: str, row: Row) -> str:
     if field not in row:
         raise ValueError(
             f"benchmark {name!r} row {number}: expected the column {field!r}, found {listed(row)}; "
-            "name the columns of an item with --benchmark-fields"
+            f"name the columns of an item behind it, {_with_columns(name)}"
         )
     value = row[field]
     if value is None:
         return ""
     if not isinstance(value, str):
         raise ValueError(f"benchmark {name!r} row {number}: {field!r} must be text, not {type(value).__name__}")
-    for before, after in WRAPPINGS:
-        if value.startswith(before) and value.endswith(after):
-            return value.removeprefix(before).removesuffix(after)
-    return value
+    wrapped = PROMPT.fullmatch(value)
+    return wrapped[1] if wrapped else value
+
+
+def _with_columns(name: str) -> str:
+    bare = split_columns(name, _asset_names())[0]
+    return f"{bare}::COLUMN" if HUB_ID.fullmatch(bare) and "/" in bare and ":" not in bare else f"{bare}:COLUMN"

@@ -1,7 +1,10 @@
 """Which n-grams of benchmark items occur in texts, and how much of each item one text covers.
 
 A word of an item is *covered* by a text when some n-gram of the item that holds the word occurs in the text. n-grams never
-go from one field of an item, or from one turn of a text, into the next. A field of fewer than n words is looked for whole.
+go from one field of an item, or from one turn of a text, into the next. The share of a field is that of its words which some
+n-gram that counts could cover; the share of an item is the mean over its fields. A field of fewer than n words is looked for
+whole: beside longer fields it has their share where it is found, so that it never decides alone, and 0 elsewhere; an item
+that has none but short fields has the share of those found.
 """
 
 from __future__ import annotations
@@ -27,9 +30,9 @@ class Coverage:
     group: np.ndarray
     item: np.ndarray
     coverage: np.ndarray
-    """Share of the item's words that are covered, averaged over its fields"""
+    """Share of the item that is covered"""
     longest: np.ndarray
-    """Share that the longest run of covered words has, averaged over the fields"""
+    """The same with the longest run of covered words of each field"""
     begin: np.ndarray
     end: np.ndarray
     """`places[begin : end]` are the covered n-grams of the entry"""
@@ -41,9 +44,9 @@ class OverlapIndex:
     """All n-grams of the items of several benchmarks.
 
     n: words in an n-gram, 1 to 64. words: what a word is.
-    short: `skip` leaves out fields of fewer than n words; else they are looked for whole.
+    short: `skip` does not look for fields of fewer than n words; else they are looked for whole.
     ignored: texts whose n-grams count nowhere. common: n-grams in more than this share of a benchmark's items do not count for
-    that benchmark; 1 ignores none.
+    that benchmark; 1 ignores none. Neither touches short fields.
     """
 
     def __init__(
@@ -87,16 +90,16 @@ class OverlapIndex:
         count = len(self.item_benchmark)
         filled = self.field_words > 0
         self.item_words = np.bincount(self.field_item, self.field_words, count).astype(np.int64)
-        self.item_fields = np.bincount(self.field_item[filled], minlength=count)  # without the empty ones
-        long = np.bincount(self.field_item[self.field_words >= self.n], minlength=count) > 0
+        self.field_long = self.field_words >= self.n
+        self.short_fields = np.bincount(self.field_item[filled & ~self.field_long], minlength=count)  # (items,)
         self.item_empty = self.item_words == 0
-        self.item_short = ~self.item_empty & ~long
+        self.item_short = ~self.item_empty & (np.bincount(self.field_item[self.field_long], minlength=count) == 0)
         self.item_first_field = np.searchsorted(self.field_item, np.arange(count))
 
     def _build_phrases(
         self, vocabulary: dict[Hashable, int], short: str, backend: Literal["auto", "c", "reference"]
     ) -> None:
-        wanted = (self.field_words >= self.n) | ((self.field_words > 0) & (short != "skip"))
+        wanted = self.field_long | ((self.field_words > 0) & (short != "skip"))
         self.field_length = np.minimum(self.field_words, self.n)  # words of the field's phrases
         counts = np.where(wanted, self.field_words - self.field_length + 1, 0)
         before = np.concatenate([[0], np.cumsum(counts)])
@@ -113,6 +116,7 @@ class OverlapIndex:
         self.phrases = Phrases(spelled, self.flat, starts, lengths, kinds, lower, backend)
         self.starts = starts
         self.first_start = np.unique(self.phrases.number, return_index=True)[1]  # (phrases,)
+        self.is_ngram = self.field_long[self.field_of[starts[self.first_start]]]  # (phrases,): others are short fields
         self.phrase_of = np.full(len(self.flat), UNKNOWN, np.uint32)  # (flat,): the phrase that begins at each word
         self.phrase_of[starts] = self.phrases.number
 
@@ -123,7 +127,7 @@ class OverlapIndex:
             if (size := len(self.words.split(text))) < self.n:
                 raise ValueError(f"ignored text {number} ({text[:60]!r}) has {size} words, fewer than n = {self.n}")
             ignored[self.search([[text]])[1]] = True
-        return ignored
+        return ignored & self.is_ngram
 
     def _build_postings(self, ignored: np.ndarray, common: float) -> None:
         number = self.phrases.number.astype(np.int64)
@@ -135,18 +139,40 @@ class OverlapIndex:
             width = len(self.benchmarks)
             keys, items = np.unique(pairs[0] * width + benchmark, return_counts=True)
             sizes = np.bincount(self.item_benchmark, minlength=width)
-            frequent = keys[items > np.maximum(1, common * sizes[keys % width])]
+            often = (items > np.maximum(1, common * sizes[keys % width])) & self.is_ngram[keys // width]
+            frequent = keys[often]
             keep &= ~np.isin(number * width + self.item_benchmark[item], frequent)
         kept = np.flatnonzero(keep)
         order = kept[np.argsort(number[kept], kind="stable")]
         self.postings = self.starts[order]
         """Places of each phrase in `flat`, phrase after phrase, increasing"""
         self.posting_begin = np.concatenate([[0], np.cumsum(np.bincount(number[kept], minlength=self.phrases.size))])
+        self._count_what_is_left(self.starts[kept])
+
+    def _count_what_is_left(self, kept: np.ndarray) -> None:
+        """What can be covered when the n-grams that do not count are taken out. kept: places of the others, in `flat`."""
+        steps = np.bincount(kept, minlength=len(self.flat) + 1)
+        steps -= np.bincount(kept + self.field_length[self.field_of[kept]], minlength=len(self.flat) + 1)
+        within = np.cumsum(steps[:-1]) > 0
+        self.field_left = np.bincount(self.field_of[within], minlength=len(self.field_words))
+        """(fields,): words within an n-gram that counts"""
+        left = self.field_long & (self.field_left > 0)
+        count = len(self.item_benchmark)
+        self.long_fields = np.bincount(self.field_item[left], minlength=count)
+        """(items,): fields of n words or more of which something is left"""
+        self.item_left = np.bincount(self.field_item[left], self.field_left[left], count).astype(np.int64)
+        self.item_ignored = ~self.item_empty & ~self.item_short & (self.long_fields == 0)
+        """(items,) bool: nothing is left to look for"""
 
     @property
     def ngrams(self) -> int:
         """How many different n-grams, and short fields, are looked for."""
         return self.phrases.size
+
+    @property
+    def item_comparable(self) -> np.ndarray:
+        """(items,) bool: those with an n-gram to look for."""
+        return self.long_fields > 0
 
     def __len__(self) -> int:
         return len(self.item_benchmark)
@@ -164,13 +190,16 @@ class OverlapIndex:
 
     def phrase_text(self, phrase: int) -> str:
         """The n-gram as it is written where it stands first."""
-        place = int(self.starts[self.first_start[phrase]])
+        return self.text_at(int(self.starts[self.first_start[phrase]]))
+
+    def text_at(self, place: int, following: int = 1) -> str:
+        """The n-gram at a place in `flat`, and those that begin with the next words, as written. following: how many."""
         field = int(self.field_of[place])
         item = int(self.field_item[field])
         text = self.texts(item)[field - int(self.item_first_field[item])]
         spans = self.words.spans(text)
         first = place - int(self.field_begin[field])
-        return text[spans[first][0] : spans[first + int(self.field_length[field]) - 1][1]]
+        return text[spans[first][0] : spans[first + int(self.field_length[field]) + following - 2][1]]
 
     def search(self, documents: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
         """Every (document, phrase) that occurs, sorted. A document is a sequence of texts that n-grams do not cross."""
@@ -209,19 +238,33 @@ class OverlapIndex:
         run_words = place[run_end] + length[run_end] - place[run]
         longest = np.maximum.reduceat(run_words, np.searchsorted(run, entry))
 
-        words = self.field_words[field[entry]]
+        long = self.field_long[field[entry]]
+        left = self.field_left[field[entry]]
         item, of = self.field_item[field[entry]], group[entry]
         first = np.flatnonzero(np.concatenate([[True], (item[1:] != item[:-1]) | (of[1:] != of[:-1])]))
-        fields = self.item_fields[item[first]]
-        begin = entry[first]
-        return Coverage(
-            of[first],
-            item[first],
-            np.add.reduceat(covered / words, first) / fields,
-            np.add.reduceat(longest / words, first) / fields,
-            begin,
-            np.concatenate([begin[1:], [len(place)]]),
-            place,
+        found = [np.add.reduceat(np.where(long, words / left, 0.0), first) for words in (covered, longest)]
+        whole = np.add.reduceat(~long, first, dtype=np.int64)  # short fields
+        of, item, begin = of[first], item[first], entry[first]
+        end = np.concatenate([begin[1:], [len(place)]])
+        decides = (found[0] > 0) | self.item_short[item]
+        item, found, whole = item[decides], [share[decides] for share in found], whole[decides]
+        coverage, longest = (self._of_item(item, share, whole) for share in found)
+        return Coverage(of[decides], item, coverage, longest, begin[decides], end[decides], place)
+
+    def _of_item(self, item: np.ndarray, long: np.ndarray, whole: np.ndarray) -> np.ndarray:
+        """Shares of items from the sums over their long fields and from how many short ones stand whole."""
+        fields = self.long_fields[item]
+        mean = np.where(fields > 0, long / np.maximum(fields, 1), 1.0)
+        return mean * (fields + whole) / (fields + self.short_fields[item])
+
+    def stands_whole(self, item: int, texts: Sequence[str]) -> bool:
+        """Whether every field of an item stands word for word in one of the texts."""
+        rows = [self.words.split(text) for text in texts]
+        fields = [self.words.split(text) for text in self.texts(item)]
+        return all(
+            any(row[at : at + len(field)] == field for row in rows for at, word in enumerate(row) if word == field[0])
+            for field in fields
+            if field
         )
 
     def runs(self, places: np.ndarray) -> list[tuple[int, int, int]]:

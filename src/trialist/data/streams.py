@@ -7,6 +7,7 @@ text file within a folder and a single row are held whole.
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from trialist.data.corpora import (
 )
 from trialist.data.files import (
     LONGEST_PIECE,
+    ROW_SUFFIXES,
     TEXT_SUFFIXES,
     cut_text,
     decode,
@@ -36,12 +38,16 @@ from trialist.data.files import (
 )
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from pyarrow.parquet import ParquetFile
 
 BLOCK = 1 << 22
 """Bytes of a file that are read at a time"""
 BATCH = 1000
 """Rows of a table that are read at a time"""
+
+CONFIGURATION = re.compile(r"[\w.-]+/[\w.-]+:([\w.-]+|\*)")
+"""A Hub id with a configuration, or with all of them"""
 
 Row = Mapping[str, Any]
 
@@ -55,6 +61,15 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.source} {self.unit} {self.number}" if self.unit else self.source
+
+
+class Part(NamedTuple):
+    """A piece of a file: bytes of JSON Lines that begin and end with a line, or row groups of Parquet."""
+
+    begin: int
+    end: int
+    first: int
+    """Number of its first line or row, from 1"""
 
 
 def stream_rows(
@@ -82,13 +97,7 @@ def _rows(data: str, split: str | None, wanted: Collection[str]) -> Iterator[tup
             yield Place(name, 1, "") if data == "python-stdlib" else Place(data, number, "page"), {"text": text}
     elif kind == "hub" or is_saved_dataset(Path(data)):
         table = select_split(load_dataset_dict(data), split, data)
-        if chosen := [name for name in table.column_names if name in wanted]:
-            table = table.select_columns(chosen)
-        number = 0
-        for batch in table.iter(BATCH):
-            for values in zip(*batch.values()):
-                number += 1
-                yield Place(data, number), dict(zip(batch, values))
+        yield from rows_of_table(table, data, wanted=wanted)
     else:
         for file, name in named_files(data, split):
             yield from rows_of_file(file, name, pieces=Path(data).is_file(), wanted=wanted)
@@ -103,10 +112,23 @@ def named_files(data: str, split: str | None) -> list[tuple[Path, str]]:
     ]
 
 
-def rows_of_file(
-    file: Path, name: str, *, pieces: bool = True, wanted: Collection[str] = ()
+def rows_of_table(
+    table: Dataset, name: str, *, wanted: Collection[str] = (), first: int = 1
 ) -> Iterator[tuple[Place, Row]]:
-    """The rows of one file. pieces: whether a text is cut into documents, or is one."""
+    """The rows of a table. first: the number that the first of them has."""
+    if chosen := [column for column in table.column_names if column in wanted]:
+        table = table.select_columns(chosen)
+    number = first - 1
+    for batch in table.iter(BATCH):
+        for values in zip(*batch.values()):
+            number += 1
+            yield Place(name, number), dict(zip(batch, values))
+
+
+def rows_of_file(
+    file: Path, name: str, *, pieces: bool = True, wanted: Collection[str] = (), part: Part | None = None
+) -> Iterator[tuple[Place, Row]]:
+    """The rows of one file. pieces: whether a text is cut into documents, or is one. part: of lines or Parquet, only these."""
     suffix = suffix_of(file)
     if suffix in TEXT_SUFFIXES:
         if pieces:
@@ -115,8 +137,8 @@ def rows_of_file(
         else:
             yield Place(name, 1, ""), {"text": read_text(file)}
     elif suffix == ".parquet":
-        number = 0
-        for batch in parquet_batches(file, wanted):
+        number = part.first - 1 if part else 0
+        for batch in parquet_batches(file, wanted, part):
             for row in batch:
                 number += 1
                 yield Place(name, number), row
@@ -124,7 +146,7 @@ def rows_of_file(
         for number, (_, row) in enumerate(json_rows(file), start=1):
             yield Place(name, number), row
     else:
-        for byte, line, content in line_blocks(file):
+        for byte, line, content in line_blocks(file, part):
             for place, row in json_lines(decode(content, str(file), byte=byte, line=line), str(file), line):
                 yield Place(name, int(place.removeprefix("line ")), "line"), row
 
@@ -133,13 +155,15 @@ def open_binary(file: Path) -> IO[bytes]:
     return gzip.open(file) if file.name.endswith(".gz") else file.open("rb")  # type: ignore[return-value]
 
 
-def line_blocks(file: Path) -> Iterator[tuple[int, int, bytes]]:
+def line_blocks(file: Path, part: Part | None = None) -> Iterator[tuple[int, int, bytes]]:
     """Blocks of whole lines, each with its first byte (from 0) and its first line (from 1)."""
-    byte, line = 0, 1
+    byte, line, end = (part.begin, part.first, part.end) if part else (0, 1, None)
     try:
         with open_binary(file) as handle:
-            while block := handle.read(BLOCK):
-                block += handle.readline()
+            handle.seek(byte)
+            while block := handle.read(BLOCK if end is None else min(BLOCK, end - byte)):
+                if end is None or byte + len(block) < end:
+                    block += handle.readline()
                 yield byte, line, block
                 byte += len(block)
                 line += block.count(b"\n")
@@ -180,17 +204,35 @@ def open_parquet(file: Path) -> ParquetFile:
         raise ValueError(f"{file} is not a Parquet file, or a damaged one: {error}") from error
 
 
-def parquet_batches(file: Path, wanted: Collection[str] = ()) -> Iterator[list[dict[str, Any]]]:
+def parquet_batches(
+    file: Path, wanted: Collection[str] = (), part: Part | None = None
+) -> Iterator[list[dict[str, Any]]]:
     import pyarrow
 
     with open_parquet(file) as table:
         try:
             names = [name for name in table.schema_arrow.names if name in wanted] or None
-            for batch in table.iter_batches(BATCH, columns=names):
+            groups = range(part.begin, part.end) if part else None
+            for batch in table.iter_batches(BATCH, row_groups=groups, columns=names):
                 batch.validate(full=True)  # strings that are no UTF-8 would be found only where they are used
                 yield batch.to_pylist()
         except (pyarrow.ArrowException, OSError, NotImplementedError, TypeError, KeyError, UnicodeError) as error:
             raise ValueError(f"{file} is not a Parquet file, or a damaged one: {error}") from error
+
+
+def split_columns(text: str, known: Collection[str] = ()) -> tuple[str, tuple[str, ...]]:
+    """`NAME:column,column` as the data and the columns; none where none are named.
+
+    Of a Hub id the configuration comes first: `owner/name:configuration:column`, `owner/name::column`.
+    known: names that look like Hub ids and are none.
+    """
+    head, colon, tail = text.rpartition(":")
+    if not colon or Path(text).expanduser().exists():
+        return text, ()
+    local = Path(head).expanduser().exists() or suffix_of(Path(head)) in (*TEXT_SUFFIXES, *ROW_SUFFIXES)
+    if CONFIGURATION.fullmatch(text) and not local and head not in known:
+        return text, ()
+    return head.removesuffix(":"), tuple(filter(None, (column.strip() for column in tail.split(","))))
 
 
 ROLES = {"human": "user", "gpt": "assistant"}

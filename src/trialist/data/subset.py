@@ -55,14 +55,47 @@ def check_output(data: str, output: Path) -> None:
 @contextmanager
 def replacing(output: Path) -> Iterator[Path]:
     """A path to write to, a file or a folder, which becomes `output` at the end; nothing stays when that is not reached."""
-    temporary = output.with_name(output.name + UNFINISHED)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _remove(temporary)
-    try:
+    with replacing_all(output) as (temporary,):
         yield temporary
-        os.replace(temporary, output)
+
+
+@contextmanager
+def replacing_all(*outputs: Path) -> Iterator[list[Path]]:
+    """The same for several outputs, which are not there yet: all of them come to be, in this order, or none."""
+    temporary = [output.with_name(output.name + UNFINISHED) for output in outputs]
+    placed: list[Path] = []
+    try:
+        for output, path in zip(outputs, temporary):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            _remove(path)
+        yield temporary
+        for output, path in zip(outputs, temporary):
+            placed.append(output)
+            os.replace(path, output)
+    except BaseException:
+        for output, path in zip(placed, temporary):
+            if not path.exists():  # it was moved
+                _remove(output)
+        raise
     finally:
-        _remove(temporary)
+        for path in temporary:
+            _remove(path)
+
+
+def not_read(data: str, split: str | None) -> list[str]:
+    """Splits and files of `data` that belong to no chosen split, or hold no data."""
+    kind = kind_of(data)
+    if kind == "built-in" or (kind == "local" and Path(data).is_file()):
+        return []
+    if kind == "hub" or is_saved_dataset(Path(data)):
+        splits = load_dataset_dict(data)
+        chosen = select_split(splits, split, data)
+        return [f"split {name}" for name, rows in splits.items() if rows is not chosen]
+    read = {file for file, _ in named_files(data, split)}
+    folder = Path(data)
+    return [
+        file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file() and file not in read
+    ]
 
 
 def _remove(path: Path) -> None:

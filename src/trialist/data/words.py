@@ -17,6 +17,7 @@ import functools
 import re
 import string
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,12 +30,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Span = tuple[int, int]
-Unicode = Literal["as-is", "nfkc", "unaccented"]
+Unicode = Literal["as-is", "nfkc", "unaccented", "plain"]
 
 WHITE = "".join(chr(code) for code in range(128) if chr(code).isspace())
 OTHER_WHITE = re.compile("[" + "".join(chr(code) for code in range(128, 0x10000) if chr(code).isspace()) + "]")
 TULU3 = ',.?!:;()"-\\'
 RULES = ("tulu3", "whitespace", "bare", "code")
+FORMS = ("as-is", "nfkc", "unaccented", "plain")
+KEYBOARD = {"Pd": "-", "Ps": "(", "Pe": ")", "Pi": '"', "Pf": '"', "Pc": "_", "Po": "."}
+"""What a mark of punctuation is on a keyboard, by its category in Unicode"""
+EXCEPTIONS = {"\u2018": "'", "\u2019": "'", "\u201a": "'", "\u201b": "'", "\u2039": "'", "\u203a": "'", "\u2032": "'",
+              "\u02bc": "'", "\u201e": '"', "\u2033": '"', "\u2212": "-"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,14 +49,19 @@ class Words:
 
     rule: Literal["tulu3", "whitespace", "bare", "code"] = "tulu3"
     unicode: Unicode = "as-is"
-    """`nfkc` makes compatible characters equal (ﬁ and fi, full-width letters); `unaccented` also drops accents"""
+    """`nfkc` makes compatible characters equal (ﬁ and fi, full-width letters); `unaccented` also drops accents, `plain` also
+    writes quotation marks, dashes and other punctuation as a keyboard has them"""
     lower: bool = True
+    numbers: Literal["as-is", "equal"] = "as-is"
+    """`equal` makes all numbers the same: digits in a row become one 0, with `bare` also over punctuation (1,200)"""
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"words {self.rule!r}: one of {', '.join(RULES)}")
-        if self.unicode not in ("as-is", "nfkc", "unaccented"):
-            raise ValueError(f"unicode {self.unicode!r}: one of as-is, nfkc, unaccented")
+        if self.unicode not in FORMS:
+            raise ValueError(f"unicode {self.unicode!r}: one of {', '.join(FORMS)}")
+        if self.numbers not in ("as-is", "equal"):
+            raise ValueError(f"numbers {self.numbers!r}: one of as-is, equal")
 
     @functools.cached_property
     def kinds(self) -> np.ndarray:
@@ -67,15 +78,23 @@ class Words:
         return kinds
 
     def normalise(self, text: str) -> str:
-        """The text in which words are cut. ASCII text is returned as it is: its letters are folded where they are read."""
+        """The text in which words are cut. Letters of ASCII are left as they are: they are folded where they are read."""
+        form = self._form(text)
+        return form if self.numbers == "as-is" else self._number.sub("0", form)
+
+    def _form(self, text: str) -> str:
         return text if text.isascii() else self._normalised(text)
 
     def _normalised(self, text: str) -> str:
         if self.unicode == "nfkc":
             text = unicodedata.normalize("NFKC", text)
-        elif self.unicode == "unaccented":
+        elif self.unicode != "as-is":
+            if self.unicode == "plain":
+                text = text.replace("\u00b4", "'")  # an acute accent on its own, which decomposes into a space
             decomposed = unicodedata.normalize("NFKD", text)
             text = "".join(character for character in decomposed if not unicodedata.combining(character))
+            if self.unicode == "plain":
+                text = text.translate(_keyboard())
         if self.lower:
             text = text.lower().replace("ς", "σ")  # `lower` ends words in ς: which one would depend on what follows
         return OTHER_WHITE.sub(" ", text)
@@ -86,7 +105,11 @@ class Words:
 
     def split(self, text: str) -> list[bytes]:
         """The words of a text, as they are compared."""
-        return [self._folded(match[0]) for match in self._pattern.finditer(self.normalise(text)) if self._counts(match)]
+        letters = self.normalise(text).encode("utf-8", "surrogatepass")
+        words = self._of_bytes.findall(letters.lower() if self.lower else letters)  # `lower` takes the letters of ASCII
+        if self.rule == "bare":
+            return [kept for word in words if (kept := word.translate(None, string.punctuation.encode()))]
+        return words
 
     def spans(self, text: str) -> list[Span]:
         """Where the words of `split` begin and end in the text as written, in characters."""
@@ -103,13 +126,32 @@ class Words:
 
     def as_written(self, text: str, spans: Sequence[Span]) -> list[Span]:
         """Spans of `normalise(text)` as spans of `text`."""
-        if text.isascii() or (self.unicode == "as-is" and len(self.normalise(text)) == len(text)):
+        return self._before_form(
+            text, spans if self.numbers == "as-is" else self._with_numbers(self._form(text), spans)
+        )
+
+    def _with_numbers(self, text: str, spans: Sequence[Span]) -> list[Span]:
+        """Spans of `text` with every number as 0, as spans of `text`."""
+        places: list[int] = []
+        shorter = [0]
+        """By how much the text is shorter behind so many numbers"""
+        for match in self._number.finditer(text):
+            places.append(match.start() - shorter[-1])
+            shorter.append(shorter[-1] + match.end() - match.start() - 1)
+        return [
+            (begin + shorter[bisect_left(places, begin)], end + shorter[bisect_left(places, end)])
+            for begin, end in spans
+        ]
+
+    def _before_form(self, text: str, spans: Sequence[Span]) -> list[Span]:
+        """Spans of `_form(text)` as spans of `text`."""
+        if text.isascii() or (self.unicode == "as-is" and len(self._normalised(text)) == len(text)):
             return list(spans)
         first, behind = self._origins(text)
         return [(first[begin], behind[end - 1]) if end > begin else (first[begin],) * 2 for begin, end in spans]  # type: ignore[misc]
 
     def _origins(self, text: str) -> tuple[list[int], list[int]]:
-        """For each character of `normalise(text)` where what it comes from begins and ends in `text`.
+        """For each character of `_normalised(text)` where what it comes from begins and ends in `text`.
 
         A piece of the text ends where normalising it and what follows apart gives the same as normalising them together.
         """
@@ -136,17 +178,26 @@ class Words:
             return re.compile(rf"[A-Za-z0-9_\x80-\U0010ffff]+|[^{white}]")
         return re.compile(f"[^{white}]+")
 
+    @functools.cached_property
+    def _of_bytes(self) -> re.Pattern[bytes]:
+        """The same for text in UTF-8, whose other characters consist of bytes from 0x80 on."""
+        return re.compile(self._pattern.pattern.replace(r"\U0010ffff", r"\xff").encode())
+
+    @functools.cached_property
+    def _number(self) -> re.Pattern[str]:
+        between = f"[{re.escape(string.punctuation)}]*" if self.rule == "bare" else ""
+        return re.compile(rf"\d(?:{between}\d)*")
+
     def _counts(self, match: re.Match[str]) -> bool:
         return self.rule != "bare" or bool(match[0].strip(string.punctuation))
 
-    def _folded(self, word: str) -> bytes:
-        if self.rule == "bare":
-            word = word.translate(_WITHOUT_PUNCTUATION)
-        letters = word.encode("utf-8", "surrogatepass")
-        return letters.lower() if self.lower else letters  # of bytes, `lower` takes those of ASCII
 
-
-_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+@functools.cache
+def _keyboard() -> dict[int, str]:
+    marks = ((code, unicodedata.category(chr(code))) for code in range(128, 0x10000))
+    return {code: KEYBOARD[kind] for code, kind in marks if kind in KEYBOARD} | {
+        ord(a): b for a, b in EXCEPTIONS.items()
+    }
 
 
 class TokenWords:
