@@ -1,11 +1,12 @@
-"""ParamDelta against mergekit's task arithmetic and against a script with three state dicts: a real checkpoint in float32,
-equal results, then time and peak memory.
+"""ParamDelta against mergekit's task arithmetic and against a script with three state dicts: a real checkpoint, results held
+to bounds, then time and peak memory; and the decomposition of `extract-delta` against those of PyTorch.
 
-The checkpoint is the asset smollm2-135m-instruct; post-trained model and new base are copies with all weights perturbed.
-mergekit pins older packages than this project, so it runs in an environment of its own, in a process that waits for orders:
-its imports are not timed. MERGEKIT_PYTHON names that environment's interpreter; without it the row says so. mergekit takes
-every difference from the new base, so that its float32 sum is rounded otherwise; asked for float64 and rounded to float32 it
-must be ours to the bit. Files are in the page cache of the system; ours also waits until the output is on the disk.
+The checkpoint is the asset smollm2-135m-instruct; base, post-trained model and new base are copies with all weights perturbed,
+so that their numbers fill the mantissas of float32. mergekit pins older packages than this project, so it runs in an
+environment of its own, in a process that waits for orders: its imports are not timed. MERGEKIT_PYTHON names that environment's
+interpreter; without it the row says so. mergekit takes every difference from the new base, so that its float32 sum is rounded
+otherwise; computed in float64 by both and rounded to float32 the sums must be the same to the bit. Files are in the page cache
+of the system; ours also waits until the output is on the disk.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,13 @@ from benchmarks.memory import peak_memory
 from benchmarks.timer import Limit, Row, compare
 from trialist.models.loading import model_source
 from trialist.weights import apply_param_delta
+from trialist.weights.low_rank import OVERSAMPLING, POWER_STEPS, decompose
 
 MODEL = "smollm2-135m-instruct"
-DELTA, SHIFT = 5e-4, 4e-3
+BASE, DELTA, SHIFT = 1e-5, 5e-4, 4e-3
+"""Size of what is added to the checkpoint to make the base, to the base to make post, and to make the new base"""
+MATRIX, RANK, ENERGY = (576, 1536), 32, 0.9
+"""Of the decompositions; the layers of the checkpoint's feed-forward parts have this shape"""
 REPEATS = 20
 INTERPRETER = "MERGEKIT_PYTHON"
 PEER = "mergekit task_arithmetic"
@@ -59,31 +64,32 @@ for line in sys.stdin:
 
 
 @functools.cache
-def models() -> dict[str, str]:
+def models(dtype: torch.dtype = torch.float32) -> dict[str, str]:
     """Folders of base, post and new, in a temporary folder that goes when this process ends."""
     source = Path(model_source(MODEL))
     folder = Path(tempfile.mkdtemp(prefix="param-delta-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    weights = load_file(source / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
+    base = moved(load_file(source / "model.safetensors"), BASE, generator)
     for name, scale in (("base", 0.0), ("post", DELTA), ("new", SHIFT)):
         shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.safetensors"))
-        moved = {
-            key: value + scale * torch.randn(value.shape, generator=generator) if scale else value
-            for key, value in weights.items()
-        }
-        save_file(moved, folder / name / "model.safetensors", metadata={"format": "pt"})
+        weights = {key: value.to(dtype) for key, value in moved(base, scale, generator).items()}
+        save_file(weights, folder / name / "model.safetensors", metadata={"format": "pt"})
     return {name: str(folder / name) for name in ("base", "post", "new")}
 
 
-def ours(output: Path) -> None:
-    found = models()
-    apply_param_delta(found["new"], [(found["post"], found["base"], 1.0)], output)
+def moved(weights: Mapping[str, torch.Tensor], scale: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {key: value + scale * torch.randn(value.shape, generator=generator) for key, value in weights.items()}
 
 
-def script(output: Path) -> None:
+def ours(output: Path, dtype: torch.dtype = torch.float32, precision: str = "float32") -> None:
+    found = models(dtype)
+    apply_param_delta(found["new"], [(found["post"], found["base"], 1.0)], output, precision=precision)
+
+
+def script(output: Path, dtype: torch.dtype = torch.float32) -> None:
     """What one writes in five minutes: right for equal names, all three models in memory."""
-    found = models()
+    found = models(dtype)
     new, post, base = (load_file(Path(found[name]) / "model.safetensors") for name in ("new", "post", "base"))
     output.mkdir()
     save_file({name: new[name] + (post[name] - base[name]) for name in new}, output / "model.safetensors")
@@ -102,15 +108,16 @@ class Mergekit:
         )
         atexit.register(self.process.kill)
 
-    def __call__(self, output: Path, dtype: str = "float32") -> float:
-        found = models()
+    def __call__(self, output: Path, dtype: str = "float32", of: torch.dtype = torch.float32) -> float:
+        """dtype: of its sums. of: of the models, and of the output."""
+        found = models(of)
         parts = [
             {"model": found["post"], "parameters": {"weight": 1.0}},
             {"model": found["base"], "parameters": {"weight": -1.0}},
         ]
         config: dict[str, Any] = {
             "merge_method": "task_arithmetic", "base_model": found["new"], "models": parts, "dtype": dtype,
-            "parameters": {"normalize": False}, "out_dtype": "float32",
+            "parameters": {"normalize": False}, "out_dtype": str(of).removeprefix("torch."),
         }  # fmt: skip
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -153,19 +160,74 @@ def check(peer: Mergekit | None) -> str:
         del simple
         if peer is None:
             return ""
-        peer(folder / "wide", dtype="float64")
-        wide = read(folder / "wide")
-        assert all(torch.equal(found[name], wide[name]) for name in found)
-        del wide
+        ours(folder / "wide", precision="float64")
+        peer(folder / "their wide", dtype="float64")
+        exact, theirs = read(folder / "wide"), read(folder / "their wide")
+        assert all(torch.equal(exact[name], theirs[name]) for name in exact)
         peer(folder / "narrow")
-        total = equal = near = 0
-        for name, theirs in read(folder / "narrow").items():
-            mine = found[name]
-            ulp = torch.nextafter(mine.abs(), torch.tensor(torch.inf)) - mine.abs()
-            total += mine.numel()
-            equal += int((mine == theirs).sum())
-            near += int(((mine - theirs).abs() <= ulp).sum())
-        return f"; its float32 sum: {equal / total:.2%} bit-equal, {near / total:.2%} within 1 ulp, its float64 sum all"
+        narrow = read(folder / "narrow")
+        total = sum(tensor.numel() for tensor in found.values())
+        equal = sum(int((found[name] == narrow[name]).sum()) for name in found)
+        errors = [
+            sum(float((exact[name].double() - tensor.double()).abs().sum()) for name, tensor in sums.items()) / total
+            for sums in (found, narrow)
+        ]
+        return (
+            f"; float64 sums of both: all bits equal; float32 sums: {equal / total:.2%} bit-equal, mean distance from the former "
+            f"{errors[0]:.2g} ours, {errors[1]:.2g} theirs"
+        )
+
+
+def half_precision(peer: Mergekit | None) -> Row:
+    """How often a bfloat16 sum is the exact one correctly rounded."""
+    half = torch.bfloat16
+    found = models(half)
+    new, post, base = (read(Path(found[name])) for name in ("new", "post", "base"))
+    contenders: dict[str, Callable[[Path], Any]] = {
+        "param-delta": functools.partial(ours, dtype=half), SCRIPT: functools.partial(script, dtype=half),
+    }  # fmt: skip
+    if peer is not None:
+        contenders[PEER] = functools.partial(peer, dtype="bfloat16", of=half)
+    shares = {}
+    with tempfile.TemporaryDirectory(dir=Path(found["base"]).parent) as place:
+        for name, write in contenders.items():
+            write(Path(place) / name)
+            right = total = 0
+            for key, tensor in read(Path(place) / name).items():
+                exact = (new[key].double() + (post[key].double() - base[key].double())).to(half)
+                right, total = right + int((tensor == exact).sum()), total + tensor.numel()
+            shares[name] = right / total
+    share = shares.pop("param-delta")
+    return Row(
+        "param-delta, bfloat16", f"{MODEL} in bfloat16: sums that are the exact one correctly rounded",
+        f"{share:.2%}", ", ".join(f"{name}: {other:.2%}" for name, other in shares.items()),
+        target="100 %", met=share == 1,
+    )  # fmt: skip
+
+
+def decompositions() -> list[Row]:
+    """`extract-delta` of one layer, by energy and by rank, against what PyTorch has."""
+    generator = torch.Generator().manual_seed(0)
+    m, n = MATRIX
+    low = torch.randn(m, 2 * RANK, generator=generator) @ torch.randn(2 * RANK, n, generator=generator)
+    matrix = low + 0.5 * torch.randn(m, n, generator=generator)
+    rows = []
+    contenders: tuple[tuple[str, int | None, str, Callable[[], Any]], ...] = (
+        (f"energy {ENERGY}", None, "torch.linalg.svd", lambda: torch.linalg.svd(matrix, full_matrices=False)),
+        (
+            f"rank {RANK}",
+            RANK,
+            "torch.svd_lowrank",
+            lambda: torch.svd_lowrank(matrix, RANK + OVERSAMPLING, POWER_STEPS),
+        ),
+    )
+    for what, rank, peer, theirs in contenders:
+        ours_too = functools.partial(decompose, matrix, rank, ENERGY, generator)
+        work = f"a {m} x {n} matrix in float32, {what}"
+        result = compare({"extract-delta": ours_too, peer: theirs}, work=work, repeats=REPEATS)
+        # svd_lowrank does not say how much it keeps
+        rows.append(result.row("extract-delta", peer, at_most=1.0 if rank is None else None))
+    return rows
 
 
 def rows() -> list[Row]:
@@ -209,7 +271,7 @@ def rows() -> list[Row]:
                 f"{PEER}: not measured, as {INTERPRETER} names no environment that has it",
             )
         )
-    return found
+    return [*found, half_precision(peer), *decompositions()]
 
 
 def measured(name: str) -> Callable[[], Any]:

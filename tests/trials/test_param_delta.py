@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from tests.trials.conftest import arm_of
+from trialist.data.fact_world import FactWorld
 from trialist.trials._fact_models import answers
 from trialist.trials.param_delta import ParamDeltaTrial
 
@@ -22,13 +24,55 @@ def trial():
 
 def test_every_arm_is_measured_and_param_delta_spends_nothing(trial, run_arm):
     outcomes = {arm.name: run_arm(trial, arm) for arm in trial.arms() if arm.setting == "near"}
-    names = {endpoint.name for endpoint in trial.claim.endpoints}
+    names = {endpoint.name for endpoint in trial.claim.endpoints} | {trial.tuning.metric.name}
     for name, outcome in outcomes.items():
         assert set(outcome.metrics) | set(outcome.undefined) == names
         assert outcome.cost.steps == {"direct": 10, "direct-short": 1}.get(name, 0)
     assert outcomes["param-delta"].cost.tokens == 0
     assert outcomes["direct"].cost.tokens > outcomes["direct-short"].cost.tokens > 0
     assert len({outcome.metrics["lineage_cosine"] for outcome in outcomes.values()}) == 1
+    assert outcomes["alpha-tuned"].metrics == outcomes["param-delta"].metrics  # its factor is 1 until it is tuned
+
+
+def test_what_carried_over_is_measured_where_direct_fine_tuning_is_paid_for(trial, run_arm, monkeypatch):
+    direct = arm_of(trial, "direct", "near")
+    few = run_arm(trial, direct)
+    assert "nothing to take a share of" in few.undefined["carried_over"]
+    monkeypatch.setattr("trialist.trials.param_delta.LEAST_DIRECT", 0.0)
+    summed, taught = run_arm(trial, arm_of(trial, "param-delta", "near")), run_arm(trial, direct)
+    share = summed.metrics["new_facts"] / taught.metrics["new_facts"]
+    assert taught.metrics["carried_over"] == pytest.approx(share)
+    assert "carried_over" in summed.undefined
+
+
+def test_fine_tuning_and_the_factor_are_tuned_with_equal_tries_and_the_treatment_is_not(trial, llama_folder):
+    for inputs in (trial, ParamDeltaTrial(model=llama_folder, **SMALL)):
+        points = {
+            arm.name: math.prod(map(len, arm.tune.values()))
+            for arm in inputs.arms()
+            if arm.tune and arm.setting == "near"
+        }
+        assert points == dict.fromkeys(("direct-short", "alpha-tuned", "direct"), inputs.tuning.tries)
+
+
+def test_knobs_reach_the_run(trial, run_arm):
+    direct = arm_of(trial, "direct", "near")
+    losses = {
+        run_arm(trial, direct.with_options(**change)).metrics["statement_loss"]
+        for change in ({}, {"learning_rate": 3e-3}, {"warmup": 0.5})
+    }
+    assert len(losses) == 3
+
+
+def test_a_rate_that_diverges_is_an_outcome_and_not_a_failure(trial, run_arm):
+    outcome = run_arm(trial, arm_of(trial, "direct-short", "near").with_options(share=1.0, learning_rate=1e30))
+    assert outcome.diverged is not None
+    assert outcome.metrics == {}
+
+
+def test_questions_that_tune_are_not_those_that_decide(trial):
+    world = FactWorld(0, old=trial.old, new=trial.new, names=trial.names)
+    assert not set(world.part("new-validation")) & set(world.part("new-test"))
 
 
 def test_the_lineage_check_refuses_the_foreign_base_and_it_is_recorded(trial, run_arm):

@@ -174,9 +174,10 @@ def test_a_tied_head_that_one_model_stores_twice_is_dropped(half_family, tmp_pat
         apply_param_delta(half_family["new"], [(str(doubled), half_family["base"], 1.0)], tmp_path / "refused")
 
 
-def test_a_half_precision_sum_is_the_exact_sum_correctly_rounded(half_family, tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_a_half_precision_sum_is_the_exact_sum_correctly_rounded(half_family, tmp_path, precision):
     apply_param_delta(
-        half_family["new"], [(half_family["post"], half_family["base"], 1.0)], tmp_path / "out", precision="float64"
+        half_family["new"], [(half_family["post"], half_family["base"], 1.0)], tmp_path / "out", precision=precision
     )
     new, post, base = (exact(half_family[name]) for name in ("new", "post", "base"))
     for name, found in tensors(tmp_path / "out").items():
@@ -215,6 +216,44 @@ def test_stochastic_rounding_keeps_small_deltas_on_average_and_picks_neighbours_
     assert float(found[4000:].mean()) == pytest.approx(-1 + 2**-9, abs=4 * spread)
     apply_param_delta(members["new"], deltas, tmp_path / "again", rounding="stochastic", seed=3)
     assert same_bits(tensors(tmp_path / "out"), tensors(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_stochastic_rounding_takes_a_neighbour_of_the_exact_sum_whatever_the_stretches(
+    family, tmp_path, dtype, request
+):
+    deltas = [(family["post"], family["base"], 1.0)]
+    chosen = {"dtype": dtype, "rounding": "stochastic", "exclude": ["*norm*"]}
+    apply_param_delta(family["new"], deltas, tmp_path / "whole", **chosen)
+    apply_param_delta(family["new"], deltas, tmp_path / "other", seed=1, **chosen)
+    request.getfixturevalue("small_blocks")
+    apply_param_delta(family["new"], deltas, tmp_path / "pieces", **chosen)
+    assert same_bits(tensors(tmp_path / "whole"), tensors(tmp_path / "pieces"))
+    assert not same_bits(tensors(tmp_path / "whole"), tensors(tmp_path / "other"))
+    kind = getattr(torch, dtype)
+    sums = tensors(family["new"])
+    post, base = tensors(family["post"]), tensors(family["base"])
+    for name, found in tensors(tmp_path / "whole").items():
+        wanted = sums[name] if "norm" in name else sums[name] + (post[name] - base[name])
+        below, above = (
+            torch.nextafter(wanted.to(kind), torch.tensor(end, dtype=kind)).float() for end in (-torch.inf, torch.inf)
+        )
+        assert found.dtype == kind
+        assert bool(((found.float() > below) | (wanted.to(kind).float() > wanted)).all()), name
+        assert bool(((found.float() < above) | (wanted.to(kind).float() < wanted)).all()), name
+        assert bool(((found.float() >= below) & (found.float() <= above)).all()), name
+
+
+@pytest.mark.parametrize("alpha", [1e-9, 1e-3, 1.0])
+def test_what_rounding_erases_does_not_depend_on_how_it_is_rounded(family, tmp_path, alpha):
+    deltas = [(family["post"], family["base"], alpha)]
+    found = {
+        rounding: apply_param_delta(family["new"], deltas, tmp_path / rounding, dtype="bfloat16", rounding=rounding)
+        for rounding in ("nearest", "stochastic")
+    }
+    assert found["nearest"].erased == found["stochastic"].erased
+    assert found["nearest"].erased == 1 if alpha == 1e-9 else found["nearest"].erased < 1
+    assert "rounding to nearest would erase" in found["stochastic"].summary()
 
 
 def test_the_dtype_of_the_output_is_that_of_the_new_base_or_the_chosen_one(family, half_family, tmp_path):
@@ -260,7 +299,6 @@ def test_the_report_has_the_norms_and_angles_of_each_tensor(family, tmp_path):
         assert shown["base_cosine"] == pytest.approx(cosine, abs=1e-5)
     total = math.sqrt(sum(((post[name] - base[name]) ** 2).sum() for name in post))
     assert math.sqrt(report.totals[0].delta) == pytest.approx(total, rel=1e-5)
-    assert report.output_bytes == sum(tensor.nbytes for tensor in tensors(family["new"]).values())
 
 
 def test_values_beyond_the_output_dtype_and_values_that_are_no_numbers_are_named(own, tmp_path):
@@ -275,6 +313,25 @@ def test_values_beyond_the_output_dtype_and_values_that_are_no_numbers_are_named
     ):
         apply_param_delta(own["new"], deltas, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float64"])
+def test_sums_beyond_the_range_they_are_computed_in_are_refused(tmp_path, dtype):
+    for name, value in (("new", 1.0), ("base", 0.0), ("post", 1e10)):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.full((5,), value)}, tmp_path / name / "model.safetensors")
+        configure(tmp_path / name, model_type="probe")
+    new, post, base = (str(tmp_path / name) for name in ("new", "post", "base"))
+    out = tmp_path / "out"
+    if dtype == "float64":
+        apply_param_delta(new, [(post, base, 1e39)], out, dtype=dtype)
+        assert tensors(out)["w"].tolist() == pytest.approx([1e49] * 5)
+        return
+    with pytest.raises(ValueError, match="w has values beyond the range of float32, up to inf; choose a smaller alpha"):
+        apply_param_delta(new, [(post, base, 1e30)], out, dtype=dtype)
+    with pytest.raises(ValueError, match=r"alpha of .*post' is 1e\+39, beyond the range of float32"):
+        apply_param_delta(new, [(post, base, 1e39)], out, dtype=dtype)
+    assert not out.exists()
 
 
 def test_squares_beyond_float32_are_no_reason_to_refuse(tmp_path):

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.weights.conftest import gpt2, llama, perturbed, save_family, tensors
+from tests.weights.conftest import configure, gpt2, llama, perturbed, rewrite, save_family, tensors
 from trialist.data.tokenizers import byte_tokenizer
 from trialist.weights import apply_param_delta, extract_delta
 from trialist.weights.low_rank import decompose
@@ -41,6 +41,15 @@ def test_the_factors_are_the_closest_of_their_rank(rank):
     best = float(values[rank:].square().sum().sqrt())
     assert float((matrix - found.up @ found.down).norm()) == pytest.approx(best, rel=1e-3)
     assert found.kept == pytest.approx(float(values[:rank].square().sum() / values.square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5)], ids=["wide", "tall"])
+def test_ranks_above_that_of_the_matrix_give_it_back_with_zeros(shape):
+    matrix = torch.randn(shape[0], 2, generator=chance()) @ torch.randn(2, shape[1], generator=chance())
+    found = decompose(matrix, 4, 0.9, chance())
+    assert found.up.shape[1] == 4
+    torch.testing.assert_close(found.up @ found.down, matrix, atol=1e-6, rtol=1e-5)
+    assert found.kept == pytest.approx(1)
 
 
 def test_without_a_rank_the_smallest_that_keeps_the_energy_is_taken():
@@ -133,6 +142,83 @@ def test_biases_of_adapted_layers_are_left_out_by_name_and_norms_are_saved(tmp_p
     name = "transformer.h.1.ln_2.bias"
     assert torch.equal(stored[f"base_model.model.{name}"], post[name])
     assert json.loads((tmp_path / "adapter" / "low_rank_delta.json").read_text())["rank"] == 2
+
+
+def test_a_bias_that_changed_where_the_weight_did_not_is_saved(tmp_path):
+    members = save_family(tmp_path, gpt2)
+    base = tensors(members["base"])
+    layer = "transformer.h.0.mlp.c_fc"
+    rewrite(members["post"], lambda t: t | {f"{layer}.weight": base[f"{layer}.weight"]})
+    record = extract_delta(members["post"], members["base"], tmp_path / "adapter", rank=2, rest="save")
+    assert f"{layer}.bias" not in record["left_out"]
+    merged = put_on(members["base"], tmp_path / "adapter").merge_and_unload()
+    assert torch.equal(merged.state_dict()[f"{layer}.bias"], tensors(members["post"])[f"{layer}.bias"])
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("member", ["post", "base"])
+def test_values_that_are_not_finite_are_named_and_nothing_is_written(own, tmp_path, name, member):
+    rewrite(own[member], lambda t: t | {name: torch.full_like(t[name], torch.nan)})
+    with pytest.raises(ValueError, match=rf"{name} of .*{member} holds values that are not finite"):
+        extract_delta(own["post"], own["base"], tmp_path / "adapter", rank=2, rest="save", force=True)
+    assert not (tmp_path / "adapter").exists()
+
+
+def chat(folder: str, tokens: list[str], marker: str = "[") -> None:
+    """A chat template, and new tokens with rows of their own."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}" + marker + "{{ m['content'] }}{% endfor %}"
+    if tokens:
+        tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    configure(folder, "generation_config.json", eos_token_id=65)
+
+
+def test_an_adapter_answers_with_the_post_trained_model_s_template_and_settings(own, tmp_path, monkeypatch):
+    chat(own["post"], [])
+    monkeypatch.chdir(tmp_path)
+    extract_delta("own/post", "own/base", "adapter", rank=2)
+    monkeypatch.chdir("/")
+    adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert adapted.generate(IDS, max_new_tokens=2, do_sample=False).shape == (2, 11)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "[hi"
+    assert json.loads((tmp_path / "adapter" / "generation_config.json").read_text())["eos_token_id"] == 65
+
+
+@pytest.mark.parametrize("marker", ["[", "<|user|>"], ids=["of old tokens", "of new tokens"])
+def test_of_a_model_with_new_tokens_linear_layers_are_taken_and_embeddings_left(own, tmp_path, marker):
+    chat(own["post"], ["<|user|>"], marker)
+    record = extract_delta(own["post"], own["base"], tmp_path / "adapter", rank=2, rest="save")
+    assert sorted(record["not_compared"]) == ["lm_head.weight", "model.embed_tokens.weight"]
+    assert len(record["layers"]) == 14
+    adapted = put_on(own["base"], tmp_path / "adapter")
+    assert adapted.get_input_embeddings().weight.shape[0] == 259
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    assert len(tokenizer) == 259
+    if marker == "[":
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "[hi"
+    else:
+        assert tokenizer.chat_template is None
+        assert "writes <|user|>, which the base lacks" in " ".join(record["notes"])
+
+
+def test_models_of_different_size_are_refused_without_advice_for_other_commands(own, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(own["post"], lambda t: {key: value for key, value in t.items() if key != name})
+    with pytest.raises(ValueError, match=rf"1 tensors do not match: {name} is missing in .*one architecture") as error:
+        extract_delta(own["post"], own["base"], tmp_path / "adapter", rank=2)
+    assert "--on-mismatch" not in str(error.value)
+
+
+def test_a_rank_above_that_of_a_layer_is_told(own, tmp_path):
+    record = extract_delta(own["post"], own["base"], tmp_path / "adapter", rank=8)
+    assert record["notes"] == [
+        "4 layers are smaller than rank 8 and are held whole: model.layers.0.self_attn.k_proj.weight, "
+        "model.layers.0.self_attn.v_proj.weight, model.layers.1.self_attn.k_proj.weight, ... (4 in all)"
+    ]
 
 
 def test_nothing_to_decompose_foreign_models_and_wrong_options_are_refused(low, family, tmp_path):

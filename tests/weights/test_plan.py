@@ -53,10 +53,12 @@ def test_post_and_base_of_different_dtypes_are_refused_unless_forced(own, half_f
     assert "different dtypes" in report.overridden[0]
 
 
-def test_whole_numbers_where_weights_are_wanted_are_named(own, tmp_path):
-    rewrite(own["base"], lambda t: t | {"model.norm.weight": torch.ones(12, dtype=torch.int64)})
-    with pytest.raises(ValueError, match=r"model.norm.weight holds numbers of kind torch.int64"):
-        apply(own, tmp_path / "out")
+@pytest.mark.parametrize("member", ["new", "base"])
+def test_whole_numbers_where_the_class_has_weights_are_refused(own, tmp_path, member):
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(own[member], lambda t: t | {name: torch.ones(20, 12, dtype=torch.int8)})
+    with pytest.raises(ValueError, match=rf"{member}' is quantised: it stores {name} \(int8\) as whole numbers"):
+        apply(own, tmp_path / "out", on_mismatch="skip", tokenizer="base-new")
 
 
 def grow(folder: str, tokens: list[str], seed: int) -> None:
@@ -155,6 +157,55 @@ def test_rows_in_another_order_are_found_by_token(own, tmp_path):
     )
     assert torch.equal(found, new[order] + (post - base))
     assert torch.equal(left, new[order])
+
+
+def renamed(folder: str, row: int, token: str) -> None:
+    """The token of a row gets another name, as reserved tokens do between releases."""
+    file = Path(folder) / "tokenizer.json"
+    content = json.loads(file.read_text())
+    for entry in content["added_tokens"]:
+        if entry["id"] == row:
+            entry["content"] = token
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {token if number == row else name: number for name, number in vocabulary.items()}
+    file.write_text(json.dumps(content))
+    settings = json.loads((Path(folder) / "tokenizer_config.json").read_text())
+    configure(folder, "tokenizer_config.json", **{k: token if v == "<pad>" else v for k, v in settings.items()})
+
+
+def test_a_renamed_token_of_equal_row_is_added_by_row_and_named(own, tmp_path):
+    renamed(own["new"], 258, "<|reserved|>")
+    with pytest.raises(ValueError, match=r"differ in 1 rows: row 258: .*--on-mismatch by-row by number"):
+        apply(own, tmp_path / "out")
+    report = apply(own, tmp_path / "out", on_mismatch="by-row")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        new, post, base, found = (
+            tensors(folder)[name] for folder in (own["new"], own["post"], own["base"], tmp_path / "out")
+        )
+        assert torch.equal(found, new + (post - base))
+    words = "1 rows stand for different tokens and are added by number: row 258: '<|reserved|>' and '<pad>'"
+    assert words in report.notes
+    assert words in json.loads((tmp_path / "out" / "param_delta.json").read_text())["notes"]
+
+
+def test_rows_of_different_number_are_not_added_by_row(grown, tmp_path):
+    grow(grown["new"], ["<|one more|>"], 7)
+    with pytest.raises(ValueError, match=r"by-row wants embeddings of one length, not \[262, 261, 259\]"):
+        apply(grown, tmp_path / "out", on_mismatch="by-row")
+
+
+@pytest.mark.parametrize("choice", ["by-token", "skip"])
+def test_a_chat_template_whose_markers_the_new_base_lacks_needs_the_other_tokenizer(grown, tmp_path, choice):
+    tokenizer = AutoTokenizer.from_pretrained(grown["post"])
+    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
+    tokenizer.save_pretrained(grown["post"])
+    with pytest.raises(
+        ValueError, match=r"writes <\|user\|>, which the tokenizer of .*new lacks; take --tokenizer post"
+    ):
+        apply(grown, tmp_path / "out", on_mismatch=choice, tokenizer="base-new")
+    assert not (tmp_path / "out").exists()
+    apply(grown, tmp_path / "out", on_mismatch="by-token")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
 
 
 def test_alpha_zero_by_token_keeps_the_new_rows_bit_for_bit(grown, tmp_path):

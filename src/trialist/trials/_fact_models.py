@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trialist.engine.context import Context
+from trialist.engine.contract import Outcome
 from trialist.engine.hardware import resolve_device
 from trialist.trials._language_model import BUILT_IN, given_model, model_inputs, new_decoder, train
 
@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from trialist.data.fact_world import FactWorld
     from trialist.trials.param_delta import ParamDeltaTrial
 
+WARMUP = 0.05
+"""Share of the steps over which the learning rate rises"""
 FOREIGN_SEED = 500_000
 """Added to the seed of a lineage that shares nothing but architecture and facts"""
 
 
 @dataclass(frozen=True)
 class FactModels:
-    """Folders of trained models (`folder/model`, `folder/cost.json`) for one run. Facts depend on the run's seed alone."""
+    """Folders of trained models (`folder/model`) for one run. Facts depend on the run's seed alone."""
 
     trial: ParamDeltaTrial
     context: Context
@@ -45,9 +47,10 @@ class FactModels:
 
     def post(self) -> Path:
         """The base, taught to answer questions about half of the old entities."""
-        return self._stage(
-            self.context, "post", functools.partial(build_answering, self, self.base(), *self.full_tuning)
+        build = functools.partial(
+            build_answering, self, self.base(), self.trial.sft_steps, self.trial.sft_learning_rate, WARMUP
         )
+        return self._stage(self.context, "post", build)
 
     def new(self, setting: str, times: int) -> Path:
         """The base, or in the foreign setting another one, trained on with statements about old and new entities alike."""
@@ -60,26 +63,27 @@ class FactModels:
         steps = times * self.trial.continued
         return self._stage(context, f"new-{steps}", functools.partial(build_new, self, context, beginning(), steps))
 
-    def direct(self, setting: str, times: int) -> Path:
-        """The new base, taught by the same questions as `post`."""
-        build = functools.partial(build_answering, self, self.new(setting, times), *self.full_tuning)
-        return self._stage(self.context, f"direct-{setting}", build)
+    def taught(self, start: Path, share: float, rate: float, warmup: float, folder: Path) -> Outcome:
+        """A model, taught by the same questions as `post` with a share of its steps; built in `folder`, where an interrupted
+        run goes on. Returns what it cost, and whether it diverged."""
+        return build_answering(self, start, max(1, round(share * self.trial.sft_steps)), rate, warmup, folder)
 
-    def short(self, start: Path, share: float, folder: Path) -> Path:
-        """A model, taught with a share of the steps; built in `folder`."""
-        steps = max(1, round(share * self.trial.sft_steps))
-        build_answering(self, start, steps, self.trial.short_learning_rate, folder)
-        return folder
+    def _stage(self, context: Context, name: str, build: Callable[[Path], Outcome]) -> Path:
+        """Keyed by all inputs of the trial but those of arms, its model by content. Raises ValueError where training diverges:
+        nothing can be built on that."""
 
-    @property
-    def full_tuning(self) -> tuple[int, float]:
-        return self.trial.sft_steps, self.trial.sft_learning_rate
+        def lasting(folder: Path) -> None:
+            if (words := build(folder).diverged) is not None:
+                raise ValueError(
+                    f"the {name} that others are built on has diverged ({words}); lower the learning rates"
+                )
 
-    def _stage(self, context: Context, name: str, build: Callable[[Path], Any]) -> Path:
-        """Keyed by all inputs of the trial, its model by content."""
-        named = {field.name for field in dataclasses.fields(self.trial)} - {"model", "device"}
+        of_arms = {"direct_learning_rate", "short_learning_rate"}
+        named = {field.name for field in dataclasses.fields(self.trial)} - {"model", "device"} - of_arms
         inputs = (name, context.seed, *model_inputs(self.trial.model, self.trial.device).values())
-        return context.stage("param-delta", (*inputs, *(getattr(self.trial, field) for field in sorted(named))), build)
+        return context.stage(
+            "param-delta", (*inputs, *(getattr(self.trial, field) for field in sorted(named))), lasting
+        )
 
     def symbols(self, model: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
         """Turns batches into the model's token ids, on its device; those of a given model are spread over its vocabulary."""
@@ -101,7 +105,8 @@ class FactModels:
         return named
 
     def scores(self, place: Path) -> dict[str, float]:
-        """On questions whose entities no fine-tuning saw, and nats per token of statements about all of them."""
+        """On questions whose entities no fine-tuning saw, half of the new ones for tuning alone, and nats per token of
+        statements about all of them."""
         import torch
 
         from trialist.data.fact_world import StatementBatches
@@ -111,10 +116,10 @@ class FactModels:
         model = load_model(str(place / "model"), device=resolve_device(self.trial.device))
         symbols = self.symbols(model)
         found: dict[str, float] = {}
+        # the share right among sampled answers, without the noise of sampling; the greedy share is often exactly 0
         for name, part in (("new_facts", "new-test"), ("old_facts", "old-test")):
-            right, probability = answers(model, symbols(self.world.questions(part)))
-            # the share right among sampled answers, without the noise of sampling; the greedy share is often exactly 0
-            found |= {name: probability, f"{name}_greedy": right}
+            found[f"{name}_greedy"], found[name] = answers(model, symbols(self.world.questions(part)))
+        _, found["validation_new_facts"] = answers(model, symbols(self.world.questions("new-validation")))
         total = weight = 0.0
         statements = StatementBatches(self.world, ("old", "new"), 16, self.trial.length, self.world.seed)
         with torch.no_grad():
@@ -124,7 +129,7 @@ class FactModels:
         return {**found, "statement_loss": total / weight}
 
 
-def build_base(models: FactModels, context: Context, afresh: bool, folder: Path) -> None:
+def build_base(models: FactModels, context: Context, afresh: bool, folder: Path) -> Outcome:
     """afresh: the weights of a given model are drawn anew first."""
     from trialist.data.fact_world import StatementBatches
     from trialist.models.initialization import initialize_
@@ -142,10 +147,10 @@ def build_base(models: FactModels, context: Context, afresh: bool, folder: Path)
             initialize_(model.cpu(), context.stream("init"))
             model = model.to(resolve_device(trial.device))
     batches = StatementBatches(models.world, ("old",), trial.batch, trial.length, context.stream("statements"))
-    _train(models, context, model, batches, folder, trial.steps, trial.learning_rate)
+    return _train(models, context, model, batches, folder, trial.steps, trial.learning_rate)
 
 
-def build_new(models: FactModels, context: Context, base: Path, steps: int, folder: Path) -> None:
+def build_new(models: FactModels, context: Context, base: Path, steps: int, folder: Path) -> Outcome:
     from trialist.data.fact_world import StatementBatches
     from trialist.models.loading import load_model
 
@@ -153,34 +158,33 @@ def build_new(models: FactModels, context: Context, base: Path, steps: int, fold
     seed = context.stream("more statements")
     batches = StatementBatches(models.world, ("old", "new"), trial.batch, trial.length, seed)
     model = load_model(str(base / "model"), device=resolve_device(trial.device))
-    _train(models, context, model, batches, folder, steps, trial.learning_rate)
+    return _train(models, context, model, batches, folder, steps, trial.learning_rate)
 
 
-def build_answering(models: FactModels, start: Path, steps: int, rate: float, folder: Path) -> None:
-    """Any model, taught by the same questions in the same order."""
+def build_answering(models: FactModels, start: Path, steps: int, rate: float, warmup: float, folder: Path) -> Outcome:
+    """Any model, taught by the same questions in the same order. warmup: share of the steps."""
     from trialist.data.fact_world import QuestionBatches
     from trialist.models.loading import load_model
 
     trial = models.trial
     batches = QuestionBatches(models.world, "taught", 2 * trial.batch, models.context.stream("questions"))
     model = load_model(str(start / "model"), device=resolve_device(trial.device))
-    _train(models, models.context, model, batches, folder, steps, rate)
+    return _train(models, models.context, model, batches, folder, steps, rate, warmup)
 
 
 def _train(
-    models: FactModels, context: Context, model: Any, batches: Any, folder: Path, steps: int, rate: float
-) -> None:
-    """Raises ValueError where training diverges: nothing can be built on that."""
+    models: FactModels, context: Context, model: Any, batches: Any, folder: Path, steps: int, rate: float, warmup: float = WARMUP,
+) -> Outcome:  # fmt: skip
+    """Fills `folder`; the outcome has the cost and no metrics."""
+    from trialist.training import Schedule
+
     symbols = models.symbols(model)
     outcome, _ = train(
         model.train(), lambda step: symbols(batches(step)), dataclasses.replace(context, folder=folder, keep_model=True),
         steps=steps, learning_rate=rate, dtype=models.trial.dtype, evaluate=lambda _: {}, evaluations=1,
+        schedule=Schedule("cosine", warmup=max(1, round(warmup * steps))),
     )  # fmt: skip
-    if outcome.diverged is not None:
-        raise ValueError(
-            f"a model that others are built on has diverged ({outcome.diverged}); lower the learning rates"
-        )
-    (folder / "cost.json").write_text(json.dumps(outcome.cost.as_dict()))
+    return outcome
 
 
 def lineage_cosine(base: Path, new: Path) -> float:

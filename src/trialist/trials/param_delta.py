@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trialist.engine.context import Context
-from trialist.engine.contract import Arm, Budget, Claim, Cost, Endpoint, Outcome, Trial
+from trialist.engine.contract import Arm, Budget, Claim, Cost, Endpoint, Outcome, Trial, Tuning
 from trialist.trials._fact_models import FactModels, lineage_cosine
 from trialist.trials._language_model import BUILT_IN, PRELOAD, VERSIONS, check_inputs, check_length, model_inputs
 
@@ -17,6 +18,12 @@ DISTANCES = {"near": 1, "middle": 2, "far": 4}
 """Setting -> how many times `continued` steps lie between the base and the new base"""
 SHORT = 0.1
 """Share of the fine-tuning steps that the control with a small budget gets"""
+RATES, WARMUPS = (1 / 3, 1.0, 3.0), (0.05, 0.2)
+"""What tuning tries for fine-tuning the new base: multiples of the learning rate, and shares of warm-up"""
+ALPHAS = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+"""And for the factor of the delta, in as many tries"""
+LEAST_DIRECT = 0.01
+"""Answers that direct fine-tuning must give for a share of them to mean something"""
 
 
 @dataclass(frozen=True)
@@ -30,23 +37,27 @@ class ParamDeltaTrial(Trial):
         reported="about 95 % of the post-trained successor's average with deltas of Llama 3 on Llama 3.1 70B; over 75 % of "
         "questions on a new domain answered where the plain model answers none",
         endpoint=Endpoint("new_facts", unit="share of sampled answers", better="higher", margin=0.05),
+        # against the arms on the new base: `post` stands on the old one, where nothing was trained over what it knows
         guards=(Endpoint("old_facts", unit="share of sampled answers", better="higher", margin=0.1),),
         secondary=(
             Endpoint("new_facts_greedy", unit="share of answers", better="higher"),
             Endpoint("old_facts_greedy", unit="share of answers", better="higher"),
             Endpoint("statement_loss", unit="nats per token", better="lower"),
-            Endpoint("share_of_direct", unit="of direct fine-tuning's new_facts", better="higher"),
+            Endpoint("carried_over", unit="new_facts of param-delta over direct's", better="higher"),
             Endpoint("lineage_cosine", unit="mean over matrices", better="higher"),
         ),
     )
+    version = 2
     budget = Budget("tokens")
+    tuning = Tuning(tries=6, metric=Endpoint("validation_new_facts", unit="share of sampled answers", better="higher"))
     presets = {
         "tiny": dict(seeds=3, about="about 10 minutes a setting on 2 cores"),
         "real": dict(model="smollm2-135m-instruct", steps=300, continued=150, sft_steps=150, batch=8, learning_rate=1e-4,
-                     sft_learning_rate=3e-5, short_learning_rate=1e-4, seeds=3,
-                     about="a given model as the base, many hours on 2 cores"),
+                     sft_learning_rate=3e-5, direct_learning_rate=3e-5, short_learning_rate=1e-4, seeds=3,
+                     about="a given model as the base, many hours on 2 cores; learning rates were not tried beforehand"),
         "gpu": dict(layers=8, width=384, heads=8, old=1024, new=1024, names=64, steps=6_000, continued=3_000, sft_steps=2_000,
-                    batch=64, learning_rate=1e-3, seeds=6, about="under an hour on one GPU"),
+                    batch=64, learning_rate=1e-3, direct_learning_rate=3e-4, short_learning_rate=1e-3, seeds=6,
+                    about="under an hour on one GPU; learning rates were not tried beforehand"),
     }  # fmt: skip
     preload = (*PRELOAD, "trialist.data.fact_world", "trialist.weights.arithmetic")
     versions = VERSIONS
@@ -82,13 +93,19 @@ class ParamDeltaTrial(Trial):
     learning_rate: float = 3e-3
     """Peak learning rate of the base, and again from base to new base"""
     sft_learning_rate: float = 3e-4
-    """Peak learning rate of post-training and of direct fine-tuning"""
-    short_learning_rate: float = 1e-3
-    """Peak learning rate of direct fine-tuning with a tenth of the steps, which needs a higher one"""
+    """Peak learning rate of post-training"""
+    direct_learning_rate: float = 1e-3
+    """Peak learning rate of direct fine-tuning where nothing was tuned; tuning tries a third and three times as much too"""
+    short_learning_rate: float = 3e-3
+    """The same of direct fine-tuning with a tenth of the steps, which needs a higher one"""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`"""
     dtype: str = "float32"
     """float32, or bfloat16 for autocast"""
+
+    def __post_init__(self) -> None:
+        if self.model != BUILT_IN:  # every try takes long
+            object.__setattr__(self, "tuning", dataclasses.replace(type(self).tuning, tries=2, seeds=(1001,)))
 
     def check(self) -> None:
         check_inputs(
@@ -121,67 +138,76 @@ class ParamDeltaTrial(Trial):
         )
 
     def arms(self) -> Iterator[Arm]:
-        controls: tuple[tuple[str, dict[str, float], str], ...] = (
-            ("base-new", {}, "the new base, without post-training"),
-            ("post", {}, "the old base with post-training, kept as it is"),
-            ("average", {}, "mean of the new base's weights and the old post-trained ones"),
-            ("direct-short", {"share": SHORT}, "the new base fine-tuned with a tenth of the steps"),
-        )
-        references: tuple[tuple[str, dict[str, float], str], ...] = (
-            ("alpha-0.5", {"alpha": 0.5}, "half of the difference"),
-            ("alpha-1.5", {"alpha": 1.5}, "one and a half times the difference"),
-            ("direct", {}, "the new base fine-tuned with all steps: what ParamDelta saves"),
-        )
+        """Fine-tuning of the new base and the factor of the delta are tuned, with equally many tries; the treatment is not: the
+        paper's own factor is 1."""
+        given = self.model != BUILT_IN
+        rates, warmups, alphas = ((1.0, 3.0), (0.05,), (1.0, 1.5)) if given else (RATES, WARMUPS, ALPHAS)
+
+        def fine_tuning(rate: float) -> dict[str, Any]:
+            return {"learning_rate": tuple(rate * factor for factor in rates), "warmup": warmups}
+
+        short = {"share": SHORT, "learning_rate": self.short_learning_rate, "warmup": WARMUPS[0]}
+        direct = {"share": 1.0, "learning_rate": self.direct_learning_rate, "warmup": WARMUPS[0]}
         for setting in (*DISTANCES, "foreign"):
             null = setting == "foreign"
-            for name, options, about in controls[: 3 if null else 4]:
-                yield Arm(name, "control", setting, null, options=options, about=about)
+            yield Arm("base-new", "control", setting, null, about="the new base, without post-training")
+            yield Arm("average", "control", setting, null, about="mean of the weights of new base and post")
+            if not null:
+                yield Arm("direct-short", "control", setting, options=short, tune=fine_tuning(self.short_learning_rate),
+                          about="the new base fine-tuned with a tenth of the steps")  # fmt: skip
             yield Arm("param-delta", "treatment", setting, null, options={"alpha": 1.0},
                       about="new base + (post - base), no training")  # fmt: skip
-            for name, options, about in references[: 0 if null else 3]:
-                yield Arm(name, "reference", setting, options=options, about=about)
+            if null:
+                continue
+            yield Arm("post", "reference", setting, about="the old base with post-training, kept as it is")
+            yield Arm("alpha-0.5", "reference", setting, options={"alpha": 0.5}, about="half of the difference")
+            yield Arm("alpha-1.5", "reference", setting, options={"alpha": 1.5}, about="1.5 times the difference")
+            yield Arm("alpha-tuned", "reference", setting, options={"alpha": 1.0}, tune={"alpha": alphas},
+                      about="the difference times a factor chosen on validation questions")  # fmt: skip
+            yield Arm("direct", "reference", setting, options=direct, tune=fine_tuning(self.direct_learning_rate),
+                      about="the new base fine-tuned with all steps: what ParamDelta saves")  # fmt: skip
 
     def run(self, arm: Arm, seed: int, context: Context) -> Outcome:
+        """All arms are handed base, post and new base; an arm is charged with what it trains beyond them."""
         models = FactModels(self, context)
-        where = arm.setting, DISTANCES.get(arm.setting, 1)
-        base, post, new = models.base(), models.post(), models.new(*where)
-        scratch = context.folder / "made"
-        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was interrupted
+        base, post, new = models.base(), models.post(), models.new(arm.setting, DISTANCES.get(arm.setting, 1))
+        made = context.folder / "made"
+        cost = Cost(tokens=0.0, steps=0.0, flops=0.0)
         notes: tuple[str, ...] = ()
+        undefined = {"carried_over": "measured in the arm direct"}
         if arm.name in ("base-new", "post"):
             place = {"base-new": new, "post": post}[arm.name]
-        elif arm.name == "direct":
-            place = models.direct(*where)
-        elif arm.name == "direct-short":
-            place = models.short(new, arm["share"], scratch)
+        elif arm.name in ("direct", "direct-short"):
+            place, trained = made, models.taught(new, arm["share"], arm["learning_rate"], arm["warmup"], made)
+            if trained.diverged is not None:
+                return Outcome(metrics={}, cost=trained.cost, diverged=trained.diverged)
+            cost = trained.cost
         else:
-            place, notes = merge(arm, scratch, base=base, post=post, new=new)
-        trained = arm.name in ("direct", "direct-short")
-        cost = (
-            json.loads((place / "cost.json").read_text())
-            if trained
-            else dict.fromkeys(("tokens", "steps", "flops"), 0.0)
-        )
-        scores, undefined = models.scores(place), {}
-        if arm.setting == "foreign":
-            undefined["share_of_direct"] = "not measured in the null setting"
-        else:
-            scores["share_of_direct"] = scores["new_facts"] / models.scores(models.direct(*where))["new_facts"]
+            place, notes = merge(arm, arm.options.get("alpha", 1.0), made, base=base, post=post, new=new)
+        scores = models.scores(place)
+        if arm.name == "direct":
+            undefined = {}
+            summed, _ = merge(arm, 1.0, context.folder / "summed", base=base, post=post, new=new)
+            if scores["new_facts"] < LEAST_DIRECT:
+                reason = f"direct fine-tuning answers {scores['new_facts']:.2g}, nothing to take a share of"
+                undefined = {"carried_over": reason}
+            else:
+                scores["carried_over"] = models.scores(summed)["new_facts"] / scores["new_facts"]
         if context.keep_model:
             shutil.copytree(place / "model", context.model_folder, dirs_exist_ok=True)
         scores["lineage_cosine"] = lineage_cosine(base, new)
-        return Outcome(metrics=scores, cost=Cost(**cost), undefined=undefined, notes=notes)
+        return Outcome(metrics=scores, cost=cost, undefined=undefined, notes=notes)
 
 
-def merge(arm: Arm, folder: Path, *, base: Path, post: Path, new: Path) -> tuple[Path, tuple[str, ...]]:
-    """Puts the sum or the average of models into `folder/model`; returns what the lineage check had against it as well."""
+def merge(arm: Arm, alpha: float, folder: Path, *, base: Path, post: Path, new: Path) -> tuple[Path, tuple[str, ...]]:
+    """Puts the sum, or for `average` the mean, into `folder/model`; returns what the lineage check had against it as well."""
     from trialist.weights.arithmetic import apply_param_delta
 
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     of_base, of_post, of_new = (str(place / "model") for place in (base, post, new))
-    if arm.name == "average":  # new + (post - new) / 2
-        report = apply_param_delta(of_new, [(of_post, of_new, 0.5)], folder / "model", force=True)
-    else:
-        report = apply_param_delta(of_new, [(of_post, of_base, arm["alpha"])], folder / "model", force=True)
+    # the mean is new + (post - new) / 2
+    delta = (of_post, of_new, 0.5) if arm.name == "average" else (of_post, of_base, alpha)
+    report = apply_param_delta(of_new, [delta], folder / "model", force=True)
     refused = any("not of one lineage" in words for words in report.overridden)
     said = f"{arm.name} in setting {arm.setting}: the lineage check refuses these models and was overridden"
     return folder, (said,) if refused else ()

@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
-from trialist.weights.architecture import Architecture, architecture_of
+from trialist.weights.architecture import architecture_of
 from trialist.weights.checkpoint import Checkpoint, open_checkpoint
-from trialist.weights.companions import write_companions
-from trialist.weights.lineage import config_differences, likeness, refusal
+from trialist.weights.companions import check_companions, write_companions
+from trialist.weights.lineage import config_differences, likeness, refusal, remark
 from trialist.weights.plan import ON_MISMATCH, Delta, Plan, make_plan
-from trialist.weights.report import DeltaReport
-from trialist.weights.streaming import Files, Progress, Summing, stream, unwatched
-from trialist.weights.writing import folder_written_whole, nbytes
+from trialist.weights.report import DeltaReport, Likeness
+from trialist.weights.streaming import Files, Progress, Summing, check_seed, stream, unwatched
+from trialist.weights.writing import folder_written_whole, nbytes, output_folder
 
 OUTPUT_DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
@@ -50,17 +50,18 @@ def apply_param_delta(
     base_new, and (post, base, alpha) of each delta: Hub id, local folder or asset name. dtype: "auto" is that of each
     tensor of base_new. rounding, seed: "stochastic" rounds up or down by chance in proportion, so that deltas below half an
     ulp survive on average. include, exclude: glob patterns of tensor names that get the delta; all others stay base_new's.
-    on_mismatch: "error"; "skip" leaves what does not fit as it is in base_new; "by-token" matches rows of embedding and head
-    by token. tokenizer: "post" (of the first delta) or "base-new". force: goes on where lineage, settings or dtypes speak
-    against it; the record says so. Raises ValueError that lists names for whatever does not fit, FileNotFoundError for an
-    asset that was not fetched; then no output is left.
+    on_mismatch: "error"; "skip" leaves what does not fit as it is in base_new; of embedding and head "by-token" matches rows
+    by token, and "by-row" by number, which is right where tokens were only renamed. tokenizer: "post" (of the first delta) or
+    "base-new". force: goes on where lineage, settings or dtypes speak against it; the record says so. Raises ValueError that
+    lists names for whatever does not fit, FileNotFoundError for an asset that was not fetched; then no output is left.
     """
     _check(base_new, deltas, dtype, precision, rounding, on_mismatch, tokenizer)
+    check_seed(seed)
     job = _Job(
         base_new, deltas, dtype=dtype, precision=precision, rounding=rounding, seed=seed, include=include, exclude=exclude,
         on_mismatch=on_mismatch, tokenizer=tokenizer, force=force, progress=progress,
     )  # fmt: skip
-    return job.run(Path(output))
+    return job.run(output_folder(output))
 
 
 def delta_diagnostics(
@@ -124,11 +125,13 @@ class _Job:
                 new, deltas, known, dtype=OUTPUT_DTYPES.get(self.dtype), include=self.include, exclude=self.exclude,
                 on_mismatch=self.on_mismatch, tokenizer=self.tokenizer,
             )  # fmt: skip
-            found, overridden = self._judge(new, deltas, plan, known)
+            if output is not None:
+                check_companions(new, deltas, plan, self.tokenizer)
+            found, overridden = self._judge(new, deltas, plan)
             size = sum(nbytes(part.dtype, part.shape) for part in plan.parts)
             report = DeltaReport(
                 self._settings(new, deltas), [part.report for part in plan.parts], found, plan.notes, overridden, plan.skipped,
-                0.0, size,
+                0.0,
             )  # fmt: skip
             summing = Summing(new, deltas, self._compute_dtype(new, deltas), self.rounding, self.seed)
             if output is None:
@@ -141,25 +144,21 @@ class _Job:
                 write_companions(folder, new, deltas, plan, report, dtype=self.dtype, tokenizer=self.tokenizer)
             return report
 
-    def _judge(
-        self, new: Checkpoint, deltas: Sequence[Delta], plan: Plan, known: Architecture | None
-    ) -> tuple[list[Any], list[str]]:
+    def _judge(self, new: Checkpoint, deltas: Sequence[Delta], plan: Plan) -> tuple[list[Likeness], list[str]]:
         """How alike the models are, and what speaks against the sum. Raises ValueError with it unless forced."""
         found, against = [], []
-        leave_out = plan.by_token if plan.keys is not None else frozenset()
-        pairs = [(delta.base, new) for delta in deltas] + [(delta.post, delta.base) for delta in deltas]
+        read = [delta for delta in deltas if delta.alpha != 0]
+        pairs = [(delta.base, new) for delta in read] + [(delta.post, delta.base) for delta in read]
         for first, second in {(first.name, second.name): (first, second) for first, second in pairs}.values():
             grave, light = config_differences(first, second)
             against += grave
             plan.notes += [f"settings are the new base's: {words}" for words in light]
-            found.append(likeness(first, second, leave_out))
+            found.append(likeness(first, second, plan.summed))
+            if (words := remark(found[-1])) is not None:
+                plan.notes.append(words)
             if (reason := refusal(found[-1])) is not None:
                 against.append(reason)
-        if plan.dtypes:
-            against.append(
-                f"post and base are stored in different dtypes, so that their difference holds what rounding lost: "
-                f"{'; '.join(plan.dtypes[:10])}{f'; ... ({len(plan.dtypes)} in all)' if len(plan.dtypes) > 10 else ''}"
-            )
+        against += plan.against
         if against and not self.force:
             raise ValueError(". ".join(against) + ". Check the models; --force goes on, and the record says so")
         return found, against

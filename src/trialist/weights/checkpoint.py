@@ -251,6 +251,7 @@ def _same_as_index(model: str, folder: Path, tensors: dict[str, Stored]) -> None
         )
 
 
-def listed(names: Sequence[str], most: int = 10) -> str:
+def listed(names: Sequence[str], most: int = 10, separator: str = ", ") -> str:
     """The first names, and how many there are if these are not all."""
-    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+    more = f"{separator}... ({len(names)} in all)" if len(names) > most else ""
+    return separator.join(names[:most]) + more

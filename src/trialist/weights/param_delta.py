@@ -38,8 +38,9 @@ class ParamDelta:
     """Patterns such as *.mlp.* of the tensors that get the delta; without them all"""
     exclude: tuple[str, ...] = ()
     """Patterns of tensors that stay those of the new base"""
-    on_mismatch: Literal["error", "skip", "by-token"] = "error"
-    """Where names, shapes or vocabularies differ: stop and list them, leave such tensors, or match embedding rows by token"""
+    on_mismatch: Literal["error", "skip", "by-token", "by-row"] = "error"
+    """Where names, shapes or vocabularies differ: stop and list them, leave such tensors, or match embedding rows by token, or by
+    number where tokens were only renamed"""
     tokenizer: Literal["post", "base-new"] = "post"
     """Whose tokenizer the output gets; chat template and generation settings are those of the post-trained model either way"""
     force: bool = False
@@ -108,6 +109,12 @@ class ExtractDelta:
             say(
                 f"note: {len(record['left_out'])} tensors are left out, {record['share_left_out']:.2%} of the squared difference"
             )
+        if record["not_compared"]:
+            say(
+                f"note: left out, as rows stand for other tokens and cannot be compared: {', '.join(record['not_compared'])}"
+            )
+        for note in record["notes"]:
+            say(f"note: {note}")
         return {
             "adapter": self.output,
             "layers": f"{len(ranks)}, ranks {min(ranks)} to {max(ranks)}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from trialist.weights.checkpoint import Checkpoint, listed
 from trialist.weights.report import TensorReport
 from trialist.weights.vocabulary import Key, RowMap, differences, keys_of, map_rows, same_tokenizer
 
-ON_MISMATCH = ("error", "skip", "by-token")
+ON_MISMATCH = ("error", "skip", "by-token", "by-row")
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,37 @@ class Part:
 @dataclass
 class Plan:
     parts: list[Part] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    dtypes: list[str] = field(default_factory=list)
-    """Tensors whose post and base are stored in different dtypes"""
+    unfit: dict[str, list[str]] = field(default_factory=dict)
+    """Name of a tensor -> how the models differ there"""
+    apart: list[str] = field(default_factory=list)
+    """Tensors left alone because their rows stand for different tokens"""
+    against: list[str] = field(default_factory=list)
+    """What speaks against the sum, though it could be done"""
     notes: list[str] = field(default_factory=list)
     keys: Sequence[Key] | None = None
     """What the rows of the output stand for, where vocabularies differ"""
     by_token: frozenset[str] = frozenset()
     tied: frozenset[str] = frozenset()
     """Names that are stored under another name as well, and are not written"""
+
+    @property
+    def skipped(self) -> list[str]:
+        """What stays as it is in the new base because it does not fit, in words."""
+        return [f"{name}: the vocabularies differ" for name in self.apart] + self.differing
+
+    @property
+    def differing(self) -> list[str]:
+        return list(dict.fromkeys(itertools.chain.from_iterable(self.unfit.values())))
+
+    @property
+    def rows_differ(self) -> bool:
+        """Whether embedding or head cannot be compared row by row."""
+        return bool(self.apart) or any(name in self.by_token for name in self.unfit)
+
+    @property
+    def summed(self) -> list[str]:
+        """Tensors that the delta is added to row for row."""
+        return [part.name for part in self.parts if part.deltas and part.rows is None]
 
 
 def make_plan(
@@ -76,11 +99,13 @@ def make_plan(
     known: None for an architecture that transformers does not have: then tied names and vocabularies are not looked at.
     Raises ValueError with names for whatever does not fit, unless `on_mismatch` says how to go on.
     """
+    everyone = checkpoints(new, deltas)
+    _refuse_whole_numbers(everyone, known)
     plan = Plan(tied=frozenset(tied_names(new, known)))
-    left = {id(c): set(tied_names(c, known)) for c in checkpoints(new, deltas)}
+    left = {id(c): set(tied_names(c, known)) for c in everyone}
     maps = _vocabulary(plan, new, deltas, known, on_mismatch, tokenizer)
     _check_patterns(new, include, exclude)
-    wrong: list[str] = []
+    dtypes: list[str] = []
     for name, stored in new.tensors.items():
         if name in plan.tied:
             continue
@@ -93,30 +118,55 @@ def make_plan(
             report.made = "copied: the class does not read it"
         elif name in plan.by_token and plan.keys is not None and maps is None:
             report.made = "copied: the vocabularies differ"
-            plan.skipped.append(f"{name}: the vocabularies differ")
+            plan.apart.append(name)
         elif (left_out := _left_out(name, include, exclude)) and rows is None:
             report.made = "copied: left out by name"
         elif unfit := _unfit(name, stored.shape, new, deltas, left, by_token=rows is not None):
             report.made = f"copied: {unfit[0]}"
-            wrong += unfit
+            plan.unfit[name] = unfit
             rows, shape = None, stored.shape
         elif left_out:
             report.made = "rows copied by token: left out by name"
         else:
             counted = tuple(number for number, delta in enumerate(deltas) if delta.alpha != 0)
             report.made = "by token" if rows is not None else "sum" if counted else "copied: alpha is 0"
-            plan.dtypes += _stored_apart(name, deltas)
+            dtypes += _stored_apart(name, deltas)
         chosen = dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
         report.shape, report.dtype = shape, str(chosen).removeprefix("torch.")
         plan.parts.append(Part(name, shape, chosen, counted, report, rows))
-    wrong += _extra(new, deltas, known, left)
-    if wrong and on_mismatch != "skip":
+    _add_extra(plan, new, deltas, known, left)
+    if plan.unfit and on_mismatch != "skip":
         raise ValueError(
-            f"{len(wrong)} tensors do not match: {'; '.join(wrong[:10])}{'; ...' if len(wrong) > 10 else ''}. All models must be "
-            "of one architecture and size; --on-mismatch skip leaves such tensors as they are in the new base"
+            f"{mismatch(plan.differing)}. All models must be of one architecture and size; --on-mismatch skip leaves such "
+            "tensors as they are in the new base"
         )
-    plan.skipped += wrong
+    if dtypes:
+        plan.against.append(
+            "post and base are stored in different dtypes, so that their difference holds what rounding lost: "
+            f"{listed(dtypes, separator='; ')}"
+        )
     return plan
+
+
+def mismatch(words: Sequence[str]) -> str:
+    return f"{len(words)} tensors do not match: {'; '.join(words[:10])}{'; ...' if len(words) > 10 else ''}"
+
+
+def _refuse_whole_numbers(everyone: Sequence[Checkpoint], known: Architecture | None) -> None:
+    """Raises ValueError for weights that are stored as whole numbers; those of buffers, such as counts, are in order."""
+    if known is None:
+        return
+    for checkpoint in everyone:
+        found = [
+            f"{name} ({str(stored.dtype).removeprefix('torch.')})"
+            for name, stored in checkpoint.tensors.items()
+            if not stored.dtype.is_floating_point and known.is_parameter(name)
+        ]
+        if found:
+            raise ValueError(
+                f"model {checkpoint.name!r} is quantised: it stores {listed(found)} as whole numbers where its class has "
+                "weights; give the model in float32, bfloat16 or float16"
+            )
 
 
 def checkpoints(new: Checkpoint, deltas: Sequence[Delta]) -> list[Checkpoint]:
@@ -125,17 +175,14 @@ def checkpoints(new: Checkpoint, deltas: Sequence[Delta]) -> list[Checkpoint]:
 
 def tied_names(checkpoint: Checkpoint, known: Architecture | None) -> list[str]:
     """Names that this model stores although they share another one's tensor. Raises ValueError where the two differ."""
-    found = []
-    for name, source in (known.tied if known else {}).items():
-        if name not in checkpoint.tensors or source not in checkpoint.tensors:
-            continue
+    found = known.stored_twice(checkpoint.tensors) if known is not None else {}
+    for name, source in found.items():
         if not _equal(checkpoint, name, source):
             raise ValueError(
                 f"model {checkpoint.name!r} holds {name} and {source} with different values, but the new base ties them to one "
                 "tensor; all models must be of one architecture"
             )
-        found.append(name)
-    return found
+    return list(found)
 
 
 def _equal(checkpoint: Checkpoint, name: str, other: str, block: int = 1 << 20) -> bool:
@@ -154,11 +201,12 @@ def _vocabulary(
         plan.notes.append(f"transformers does not have the class of {new.name}, so its vocabulary was not compared")
         return None
     everyone = checkpoints(new, deltas)
-    embeddings = [next((name for name in sorted(known.by_token) if name in c.tensors), None) for c in everyone]
-    if any(name is None for name in embeddings):
-        return None  # named as a missing tensor
-    plan.by_token = known.by_token
-    rows = [c.tensors[str(name)].shape[0] for c, name in zip(everyone, embeddings)]
+    by_token = [sorted(name for name in c.tensors if known.is_by_token(name)) for c in everyone]
+    plan.by_token = frozenset(itertools.chain.from_iterable(by_token))
+    if bare := [checkpoint.name for checkpoint, names in zip(everyone, by_token) if not names]:
+        plan.against.append(f"the embedding is not found in {listed(bare)}, so that vocabularies cannot be compared")
+        return None
+    rows = [c.tensors[names[0]].shape[0] for c, names in zip(everyone, by_token)]
     if len(set(rows)) == 1 and same_tokenizer(everyone):
         return None
     keys = [keys_of(checkpoint, count) for checkpoint, count in zip(everyone, rows)]
@@ -179,8 +227,17 @@ def _vocabulary(
         checkpoint, found = apart[0]
         raise ValueError(
             f"the vocabularies of {new.name} and {checkpoint.name} differ in {len(found)} rows: {listed(found)}. "
-            "--on-mismatch by-token adds the delta token by token, --on-mismatch skip leaves embedding and head alone"
+            "--on-mismatch by-token adds the delta token by token, --on-mismatch by-row by number where tokens were only "
+            "renamed, --on-mismatch skip leaves embedding and head alone"
         )
+    if on_mismatch == "by-row":
+        if len(set(rows)) > 1:
+            raise ValueError(f"--on-mismatch by-row wants embeddings of one length, not {rows}; by-token matches rows")
+        renamed = list(dict.fromkeys(itertools.chain.from_iterable(found for _, found in apart)))
+        plan.notes.append(
+            f"{len(renamed)} rows stand for different tokens and are added by number: {listed(renamed, 100)}"
+        )
+        return None
     if on_mismatch == "skip":
         if tokenizer != "base-new":
             raise ValueError("--on-mismatch skip keeps the new base's embedding, so it needs --tokenizer base-new")
@@ -221,17 +278,15 @@ def _unfit(
     return list(dict.fromkeys(wrong))
 
 
-def _extra(
-    new: Checkpoint, deltas: Sequence[Delta], known: Architecture | None, left: dict[int, set[str]]
-) -> list[str]:
+def _add_extra(
+    plan: Plan, new: Checkpoint, deltas: Sequence[Delta], known: Architecture | None, left: dict[int, set[str]]
+) -> None:
     """Weights of the others that the new base does not have."""
-    wrong = []
     for checkpoint in checkpoints(new, deltas)[1:]:
         for name, stored in checkpoint.tensors.items():
-            tied = name in left[id(checkpoint)] or (known is not None and known.ignores(name))
-            if name not in new.tensors and stored.dtype.is_floating_point and not tied:
-                wrong.append(f"{name} of {checkpoint.name} is not in {new.name}")
-    return list(dict.fromkeys(wrong))
+            of_no_use = name in left[id(checkpoint)] or (known is not None and known.ignores(name))
+            if name not in new.tensors and stored.dtype.is_floating_point and not of_no_use:
+                plan.unfit.setdefault(name, []).append(f"{name} of {checkpoint.name} is not in {new.name}")
 
 
 def _stored_apart(name: str, deltas: Sequence[Delta]) -> list[str]:

@@ -64,24 +64,25 @@ def cosine(product: float, first: float, second: float) -> float | None:
 
 @dataclass
 class TensorReport:
-    """One tensor of the output. `erased` of `changed` elements came out as those of the new base after rounding.
+    """One tensor of the output. Of `changed` elements rounding to the nearest number makes `erased` the new base's again.
 
-    Both are counted where the output's numbers are narrower than those of the sum.
+    Both are counted where the output's numbers are narrower than those of the sum, whichever way it is rounded.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     made: str
-    """`sum`, `by token`, `copied: ...` with the reason, or `not compared: ...`"""
-    deltas: list[DeltaStatistics] = field(default_factory=list)
+    """`sum`, `by token`, or `copied: ...` with the reason"""
+    deltas: dict[int, DeltaStatistics] = field(default_factory=dict)
+    """Number of a delta -> what was measured; those with alpha 0 are not read"""
     changed: int = 0
     erased: int = 0
 
     def shown(self) -> dict[str, Any]:
         line: dict[str, Any] = {"name": self.name, "shape": list(self.shape), "dtype": self.dtype, "made": self.made}
         if self.deltas:
-            line["deltas"] = [delta.shown() for delta in self.deltas]
+            line["deltas"] = {str(number): delta.shown() for number, delta in self.deltas.items()}
             line |= {"changed": self.changed, "erased": self.erased}
         return line
 
@@ -111,22 +112,21 @@ class DeltaReport:
     skipped: Sequence[str]
     """Mismatches that were left as they are in the new base"""
     seconds: float
-    output_bytes: int = 0
 
     @property
-    def totals(self) -> list[DeltaStatistics]:
-        """Sums over all tensors, for each delta."""
-        found: list[DeltaStatistics] = []
+    def totals(self) -> list[DeltaStatistics | None]:
+        """Sums over all tensors, for each delta; None for one that was not read, as its alpha is 0."""
+        found: list[DeltaStatistics | None] = [None] * len(self.settings["deltas"])
         for tensor in self.tensors:
-            for number, delta in enumerate(tensor.deltas):
-                if number == len(found):
-                    found.append(DeltaStatistics())
-                found[number].merge(delta)
+            for number, delta in tensor.deltas.items():
+                total = found[number] or DeltaStatistics()
+                total.merge(delta)
+                found[number] = total
         return found
 
     @property
     def erased(self) -> float | None:
-        """Share of the elements that a delta changes which rounding to a narrower dtype set back to the new base's."""
+        """Share of the elements that a delta changes which rounding to the nearest number sets back to the new base's."""
         changed = sum(tensor.changed for tensor in self.tensors)
         return sum(tensor.erased for tensor in self.tensors) / changed if changed else None
 
@@ -136,7 +136,7 @@ class DeltaReport:
             "transform": "param-delta",
             "formula": "theta = base_new + sum_i alpha_i (post_i - base_i)",
             **self.settings,
-            "totals": [delta.shown() for delta in self.totals],
+            "totals": [delta and delta.shown() for delta in self.totals],
             "erased_share": self.erased,
             "likeness": [asdict(entry) for entry in self.likeness],
             "forced": bool(self.overridden),
@@ -155,12 +155,18 @@ class DeltaReport:
             shown[f"likeness of {entry.first} and {entry.second}"] = f"{value} over {entry.matrices} matrices"
         for number, delta in enumerate(self.totals, 1):
             which = f" {number}" if len(self.totals) > 1 else ""
+            if delta is None:
+                shown[f"delta{which}"] = "not read, its alpha is 0"
+                continue
             angle = "undefined" if delta.delta_cosine is None else f"{delta.delta_cosine:+.3f}"
             shown[f"delta{which}"] = (
                 f"norm {math.sqrt(delta.delta):.4g}, the bases are {math.sqrt(delta.shift):.4g} apart, cosine of both {angle}"
             )
         if self.erased is not None:
-            shown["erased by rounding"] = f"{self.erased:.2%} of the changed elements"
+            label = (
+                "erased by rounding" if self.settings["rounding"] == "nearest" else "rounding to nearest would erase"
+            )
+            shown[label] = f"{self.erased:.2%} of the changed elements"
         kept = sum(not tensor.deltas for tensor in self.tensors)
         shown["tensors"] = f"{len(self.tensors)}" + (f", of which {kept} are those of the new base" if kept else "")
         if self.overridden:

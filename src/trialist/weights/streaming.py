@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +28,11 @@ Operands = list[Tensor]
 """Of the new base, then of post and base of each delta that counts; whole numbers or rows as the part asks"""
 
 
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed is a whole number from 0 to 2^63 - 1, not {seed}")
+
+
 def unwatched(done: int, total: int) -> None:
     """Progress that nobody watches."""
 
@@ -36,7 +41,14 @@ class Summing:
     """theta = base_new + sum_i alpha_i (post_i - base_i) for one stretch, computed in `dtype`, rounded once."""
 
     def __init__(self, new: Checkpoint, deltas: Sequence[Delta], dtype: torch.dtype, rounding: str, seed: int) -> None:
+        """Raises ValueError for an alpha that `dtype` cannot hold."""
         self.new, self.deltas, self.dtype = new, deltas, dtype
+        for delta in deltas:
+            if abs(delta.alpha) > torch.finfo(dtype).max:
+                raise ValueError(
+                    f"alpha of {delta.post.name!r} is {delta.alpha}, beyond the range of {str(dtype).removeprefix('torch.')}, "
+                    "which the sum is computed in; choose a smaller one (1 is the whole delta)"
+                )
         self.generator = torch.Generator().manual_seed(seed) if rounding == "stochastic" else None
 
     def read(self, task: Task) -> Operands:
@@ -69,7 +81,7 @@ class Summing:
             return self._by_token(part, start, stop, operands)
         stored = operands[0]
         if not part.deltas:
-            return stored if stored.dtype == part.dtype else self._round(part, stored.to(self.dtype))
+            return self._copy(part, stored)
         return self._sum(part, stored, operands[1:])
 
     def _sum(self, part: Part, stored: Tensor, operands: Operands) -> Tensor:
@@ -80,18 +92,35 @@ class Summing:
         for place, number in enumerate(part.deltas):
             post, base = (tensor.to(self.dtype) for tensor in operands[2 * place : 2 * place + 2])
             delta = post - base
-            self._measure(part, number, base, new, delta)
+            self._measure(part, number, base, new, post, delta)
             theta = torch.add(theta, delta, alpha=self.deltas[number].alpha)
             if narrows:
                 reached = delta if reached is None else reached.abs() + delta.abs()
-        result = self._round(part, theta)
+        nearest = theta.to(part.dtype)
+        self._within_range(part, new, theta, nearest)
         if reached is not None:
             plain = stored if stored.dtype == part.dtype else new.to(part.dtype)
             changed = int(torch.count_nonzero(reached))
             part.report.changed += changed
             # without a delta the result is the new base's; counting non-zero numbers is cheaper than comparing
-            part.report.erased += changed - int(torch.count_nonzero(result - plain))
-        return result
+            part.report.erased += changed - int(torch.count_nonzero(nearest - plain))
+        return self._drawn(part, theta, nearest)
+
+    def _copy(self, part: Part, stored: Tensor) -> Tensor:
+        if stored.dtype == part.dtype:
+            return stored
+        exact = stored.to(self.dtype)
+        nearest = exact.to(part.dtype)
+        self._within_range(part, exact, exact, nearest)
+        return self._drawn(part, exact, nearest)
+
+    def _drawn(self, part: Part, exact: Tensor, nearest: Tensor) -> Tensor:
+        """`nearest`, or what chance takes instead of it."""
+        if self.generator is None or part.dtype == self.dtype:
+            return nearest
+        drawn = stochastic(exact, nearest, self.generator)
+        self._within_range(part, exact, exact, drawn)
+        return drawn
 
     def _by_token(self, part: Part, start: int, stop: int, operands: Operands) -> Tensor:
         rows = part.rows
@@ -101,8 +130,7 @@ class Summing:
         here = rows.new[start:stop]
         known = here >= 0
         stored = operands[0].reshape(-1, width)  # the rows that the new base has, in their order
-        plain = stored if stored.dtype == part.dtype else self._round(part, stored.to(self.dtype))
-        result[known] = plain
+        result[known] = self._copy(part, stored)
         # deltas reach different rows, so that rows are summed in groups that the same deltas reach
         reach = (
             torch.stack([rows.deltas[number][0][start:stop] >= 0 for number in part.deltas]) if part.deltas else None
@@ -126,35 +154,41 @@ class Summing:
             taken = rows.source[start:stop] == number
             if bool(taken.any()):
                 copied = delta.post.rows(part.name, rows.copied[start:stop][taken]).reshape(-1, width)
-                result[taken] = copied if copied.dtype == part.dtype else self._round(part, copied.to(self.dtype))
+                result[taken] = self._copy(part, copied)
         return result.view(-1)
 
-    def _measure(self, part: Part, number: int, base: Tensor, new: Tensor, delta: Tensor) -> None:
-        while len(part.report.deltas) < len(self.deltas):
-            part.report.deltas.append(DeltaStatistics())
+    def _measure(self, part: Part, number: int, base: Tensor, new: Tensor, post: Tensor, delta: Tensor) -> None:
         block = DeltaStatistics()
         block.add(base, new, delta)
         if not math.isfinite(block.delta + block.shift + block.base + block.new):
-            models = {self.new.name: new, self.deltas[number].base.name: base, self.deltas[number].post.name: delta}
-            for name, tensor in models.items():
-                if not bool(torch.isfinite(tensor).all()):
-                    raise ValueError(f"{part.name} of {name} holds values that are not finite; the model is damaged")
+            models = self.deltas[number]
+            refuse_not_finite(part.name, {self.new: new, models.base: base, models.post: post})
             block = DeltaStatistics()  # squares beyond the range of float32
-            block.add(base.double(), new.double(), delta.double())
-        part.report.deltas[number].merge(block)
+            block.add(base.double(), new.double(), post.double() - base.double())
+        part.report.deltas.setdefault(number, DeltaStatistics()).merge(block)
 
-    def _round(self, part: Part, theta: Tensor) -> Tensor:
-        result = theta.to(part.dtype)
-        if self.generator is not None and part.dtype != self.dtype:
-            result = stochastic(theta, result, self.generator)
+    def _within_range(self, part: Part, before: Tensor, exact: Tensor, result: Tensor) -> None:
+        """Raises ValueError where `result` is not finite and `before`, of which it was made, was."""
         narrow = part.dtype in (torch.float16, torch.bfloat16)
-        total = result.sum(dtype=torch.float32 if narrow else None)
-        if not bool(torch.isfinite(total)) and bool((torch.isfinite(theta) & ~torch.isfinite(result)).any()):
-            raise ValueError(
-                f"{part.name} has values beyond the range of {str(part.dtype).removeprefix('torch.')}, up to "
-                f"{float(theta.abs().max()):.3g}; choose --dtype bfloat16 or float32"
-            )
-        return result
+        if bool(torch.isfinite(result.sum(dtype=torch.float32 if narrow else None))):
+            return
+        if not bool((torch.isfinite(before) & ~torch.isfinite(result)).any()):
+            return
+        if bool(torch.isfinite(exact).all()):
+            dtype, advice = part.dtype, "choose --dtype bfloat16 or float32"
+        else:
+            dtype, advice = self.dtype, "choose a smaller alpha"
+        raise ValueError(
+            f"{part.name} has values beyond the range of {str(dtype).removeprefix('torch.')}, up to "
+            f"{float(exact.abs().max()):.3g}; {advice}"
+        )
+
+
+def refuse_not_finite(name: str, values: Mapping[Checkpoint, Tensor]) -> None:
+    """values: a tensor, or a stretch of it, in each model. Raises ValueError that names tensor and model."""
+    for model, tensor in values.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} of {model.name} holds values that are not finite; the model is damaged")
 
 
 def stochastic(exact: Tensor, nearest: Tensor, generator: torch.Generator) -> Tensor:

@@ -130,6 +130,17 @@ def copy_tokenizer(source: Checkpoint, template: Checkpoint, folder: Path) -> li
     return notes
 
 
+def lost_markers(template: Checkpoint, source: Checkpoint) -> list[str]:
+    """Tokens that the chat template of one model writes and that the tokenizer of another would take to pieces."""
+    if not (has_tokenizer(template) and has_tokenizer(source)):
+        return []
+    writer = load_tokenizer(str(template.folder))
+    found = writer.chat_template or ""
+    text = "".join(found.values()) if isinstance(found, dict) else found
+    there = load_tokenizer(str(source.folder)).get_vocab()
+    return sorted(token for token in writer.get_added_vocab() if token in text and token not in there)
+
+
 def _settings(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer_config.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -28,6 +28,13 @@ Layout = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
 """Name, dtype and shape of each tensor of a file, in the order of their bytes"""
 
 
+def output_folder(output: str | Path) -> Path:
+    """Raises ValueError for an empty name, which would be the current folder."""
+    if not str(output).strip():
+        raise ValueError("--output is empty; name a new folder")
+    return Path(output)
+
+
 @contextlib.contextmanager
 def folder_written_whole(target: Path, size: int) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its name when the block ends without an error.
