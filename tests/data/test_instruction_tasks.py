@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from trialist.data.instruction_tasks import FRAMES, KINDS, ORDERS, Epochs, MixedText, Symbols
+from trialist.data.instruction_tasks import FRAMES, KINDS, ORDERS, PARTS, MixedText, Symbols
 
 SYMBOLS = Symbols(7, digits=5, letters=6, hops=3)
 
@@ -59,22 +60,48 @@ def test_a_format_has_the_order_and_the_frame_that_were_asked_for():
     assert len(seen) == ORDERS * FRAMES
 
 
-def test_tests_ask_what_training_has_not_asked():
-    s = Symbols(3, digits=3, letters=5, hops=2)  # few chains, so that chance would repeat them
-    for kind, key in (("reasoning", tuple), ("pattern", lambda asked: tuple(asked[-2:]))):
-        asked = {
-            part: {key(question) for question, _ in parts(s, kind, 400, part)}
-            for part in ("train", "validation", "test")
-        }
-        assert not asked["train"] & (asked["validation"] | asked["test"])
+def test_a_long_format_has_twice_the_letters():
+    (asked, answer), *_ = parts(SYMBOLS, "long-format")
+    payload = asked[2:]
+    assert len(payload) == 8
+    assert answer[1:-1] in [payload, payload[::-1], payload[1:] + payload[:1], payload[4:] + payload[:4]]
 
 
-def test_rows_are_the_same_at_every_call_and_others_for_another_part_draw_or_seed():
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_two_parts_and_no_two_rows_ask_the_same(kind):
+    s = Symbols(3, digits=4, letters=5, hops=2, payload=2)  # few questions, so that chance would repeat them
+    key = (lambda asked: tuple(asked[-2:])) if kind == "pattern" else tuple  # of a pattern its last two letters decide
+    counts = {"train": 150, "validation": 70, "test": 70}
+    asked = {part: [question for question, _ in parts(s, kind, count, part)] for part, count in counts.items()}
+    for part, questions in asked.items():
+        assert len({tuple(question) for question in questions}) == counts[part]
+    keys = [{key(question) for question in questions} for questions in asked.values()]
+    assert len(set.union(*keys)) == sum(map(len, keys))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_of_what_can_be_asked_is_for_training_and_a_quarter_each_for_the_others(kind):
+    s = Symbols(3, digits=5, letters=6, hops=2, payload=2)
+    drawn = getattr(s, f"_ask_{kind.removeprefix('long-')}")(kind, 4000, np.random.default_rng(0))
+    coins = s._pair_parts(drawn) if kind == "pattern" else s._coins(drawn)
+    shares = {part: sum(PARTS[coin] == part for coin in coins.tolist()) / 4000 for part in set(PARTS)}
+    assert shares == pytest.approx({"train": 0.5, "validation": 0.25, "test": 0.25}, abs=0.05)
+
+
+def test_more_rows_than_there_are_different_questions_are_refused():
+    few = Symbols(3, digits=2, hops=1)  # twelve chains
+    assert len(few.rows("reasoning", 3, "train")["labels"]) == 3
+    with pytest.raises(
+        ValueError, match=r"different questions of reasoning for train, and 20 are needed.*digits or hops"
+    ):
+        few.rows("reasoning", 20, "train")
+
+
+def test_rows_are_the_same_at_every_call_and_others_for_another_part_or_seed():
     rows = SYMBOLS.rows("format", 5, "train")["input_ids"]
     assert torch.equal(rows, Symbols(7, digits=5, letters=6, hops=3).rows("format", 5, "train")["input_ids"])
     others = [
         SYMBOLS.rows("format", 5, "test"),
-        SYMBOLS.rows("format", 5, "train", draw=1),
         Symbols(8, digits=5, letters=6, hops=3).rows("format", 5, "train"),
     ]
     assert all(not torch.equal(rows, other["input_ids"]) for other in others)
@@ -88,29 +115,27 @@ def test_the_text_before_has_operations_letters_and_frames_and_no_question():
     assert not ((batch >= s.first_order) & (batch < s.first_frame)).any()
     assert not ((batch >= s.first_tag) & (batch != s.ask)).any()
     operations = {0: int.__add__, 1: int.__sub__, 2: int.__mul__}
-    for row in batch[::4].tolist():
+    for row in [*batch[::5].tolist(), *batch[4::5].tolist()]:
         for left, operation, right, mark, result in (row[at : at + 5] for at in range(0, 15, 5)):
             assert mark == s.ask
             assert result == operations[operation - s.first_operation](left, right) % 5
-    letters = MixedText(s, 120, 40)(0)["input_ids"][1::4] - s.first_letter
+    letters = MixedText(s, 120, 40)(0)["input_ids"][1::5] - s.first_letter
     usual = s.successors[letters[:, :-2].numpy(), letters[:, 1:-1].numpy()] == letters[:, 2:].numpy()
     assert 0.85 < usual.mean() < 0.97  # 0.9, and a sixth of the rest by chance
-    frames = MixedText(s, 120, 12)(0)["input_ids"][2::4]
-    assert torch.equal(frames[:, :6], frames[:, 6:])
-    expressions = MixedText(s, 120, 16)(0)["input_ids"][3::4]  # three operations, four numbers and the mark
+    orders = [
+        lambda w, x, y, z: [w, x, y, z],
+        lambda w, x, y, z: [z, y, x, w],
+        lambda w, x, y, z: [x, y, z, w],
+        lambda w, x, y, z: [y, z, w, x],
+    ]
+    for row in MixedText(s, 120, 18)(0)["input_ids"][2::5].tolist():  # three times four letters in a frame
+        assert row[::6] == [row[0]] * 3
+        assert row[5::6] == [row[0] + 1] * 3
+        first, second, third = (row[at : at + 4] for at in (1, 7, 13))
+        assert any(order(*first) == second and order(*second) == third for order in orders)
+    expressions = MixedText(s, 120, 16)(0)["input_ids"][3::5]  # three operations, four numbers and the mark
     assert torch.equal(expressions[:, :8], expressions[:, 8:])
     assert (expressions[:, 7] == s.ask).all()
-
-
-def test_batches_of_any_size_pass_the_rows_in_the_same_order():
-    rows = {"input_ids": torch.arange(7)[:, None], "labels": torch.arange(7)[:, None]}
-
-    def passed(size, steps):
-        return torch.cat([Epochs(rows, size, seed=3)(step)["input_ids"] for step in range(steps)]).flatten().tolist()
-
-    assert passed(2, 14) == passed(4, 7) == passed(14, 2)
-    assert sorted(passed(7, 1)) == list(range(7))
-    assert passed(7, 2)[:7] != passed(7, 2)[7:]
 
 
 def test_wrong_arguments_are_named():

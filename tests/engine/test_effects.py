@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from tests.engine.decided import arms, claim, run, verdict
+from tests.engine.decided import arms, claim, run, trial, verdict
 from trialist.engine.contract import Arm, Endpoint
 from trialist.engine.effects import (
     Cell,
@@ -15,6 +18,7 @@ from trialist.engine.effects import (
     slope,
 )
 from trialist.engine.intervals import Undefined
+from trialist.engine.verdict import decide
 
 
 def grid(effect_size, seeds=5, noise=0.02):
@@ -171,3 +175,77 @@ def test_a_function_of_the_cells_of_a_seed_is_an_effect_too():
     result = verdict(records, made, effect=staticmethod(worst_cell))
     assert result.treatment == "worst cell"
     assert result.effects[0].n == 5
+
+
+def rates(seeds=4, further=lambda arm, seed: {}):
+    """Cells over x in two tasks whose log-odds rise by 0.5 with x; the second is harder."""
+    g = np.random.default_rng(1)
+    made = [Arm(f"{task}-{x}", "factor", options=dict(task=task, x=x)) for task in ("easy", "hard") for x in (0, 1, 3)]
+    records = []
+    for seed in range(seeds):
+        for arm in made:
+            log_odds = 0.5 * arm["x"] - 3 * (arm["task"] == "hard") + 0.01 * g.normal()
+            records.append(run(arm.name, seed, {"rate": 1 / (1 + np.exp(-log_odds)), **further(arm, seed)}))
+    return made, records
+
+
+RATE = Endpoint("rate", unit="share", margin=0.05, scale="logit")
+
+
+def test_an_effect_over_cells_is_fitted_on_the_endpoints_scale():
+    made, records = rates()
+    odds = verdict(records, made, of=claim(endpoint=RATE), effect=interaction("task", "x"))
+    assert odds.word == "no effect"
+    raw = verdict(records, made, of=claim(endpoint=Endpoint("rate", margin=0.05)), effect=interaction("task", "x"))
+    assert raw.word == "contradicted"
+    assert odds.effects[0].unit == "log odds"
+
+
+def test_a_cell_without_a_value_on_the_scale_leaves_the_effect_undefined():
+    made, records = rates(further=lambda arm, seed: {"rate": 0.0} if (arm.name, seed) == ("hard-0", 2) else {})
+    found = verdict(records, made, of=claim(endpoint=RATE), effect=slope("x"))
+    assert found.word == "inconclusive"
+    assert "rate of hard-0 is 0" in found.reason
+
+
+def test_secondary_endpoints_of_a_grid_are_fitted_and_do_not_decide():
+    made, records = rates(further=lambda arm, seed: {"length": 4.0 + 2.0 * arm["x"] + 0.1 * seed * arm["x"]})
+    length = Endpoint("length", unit="tokens", better="lower")
+    found = verdict(records, made, of=claim(endpoint=RATE, secondary=(length,)), effect=slope("x"))
+    assert [(effect.endpoint, round(effect.effect, 6)) for effect in found.secondary] == [("length", -2.15)]
+    fixed = verdict(records, made, of=claim(endpoint=RATE, secondary=(length,)), effect=slope("x", "rate"))
+    assert fixed.secondary == ()  # it is fitted to the rate, whatever the endpoint
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """A slope that is counted by doublings and belongs into the sentence."""
+
+    kind: ClassVar[str] = "replicate"
+    label: ClassVar[str] = "slope at x up to 1"
+    per: ClassVar[str] = "doubling"
+    said: bool = True
+
+    def __call__(self, cells, endpoint):
+        return slope("x")([cell for cell in cells if cell.arm["x"] <= 1], endpoint)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_readings_of_the_same_cells_are_shown_and_the_ones_that_belong_there_said(said):
+    made, records = rates()
+    found = decide(
+        trial(claim(endpoint=RATE), effect=slope("x"), readings=lambda self: (Doubling(said),)), made, records
+    )
+    (reading,) = found.readings
+    assert (reading.control, reading.unit) == ("slope at x up to 1", "log odds per doubling")
+    assert reading.low < 0.5 < reading.high
+    assert ("(the slope at x up to 1 for the odds of rate is a factor of 1.6" in found.sentence) == said
+    assert found.word == verdict(records, made, of=claim(endpoint=RATE), effect=slope("x")).word
+
+
+def test_what_an_effect_is_counted_by_stands_beside_it_and_beside_the_margin():
+    made, records = rates()
+    found = decide(trial(claim(endpoint=RATE), effect=Doubling()), made, records)
+    assert "a factor of 1.6" in found.sentence
+    assert " per doubling (95 % interval" in found.sentence
+    assert found.sentence.count("per doubling") == 2

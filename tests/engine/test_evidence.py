@@ -48,6 +48,20 @@ def test_every_number_comes_from_the_files(folder: Path) -> None:
         assert entry in row
 
 
+def test_references_and_other_settings_are_told_after_the_controls(folder: Path) -> None:
+    path = folder / "selective-attention" / "tiny.json"
+    document = json.loads(path.read_text())
+    entry = document["effects"][0] | {"low": 0.1, "high": 0.3, "n": 7}
+    document["references"] = [entry | {"control": "direct", "effect": 0.21}]
+    document["settings"] = [entry | {"control": "short", "setting": "far", "effect": 0.22}]
+    path.write_text(json.dumps(document))
+    page, _ = render_evidence(folder)
+    lines = [line for line in page.splitlines() if line.startswith(("- against", "- reference", "- setting"))]
+    place = lines.index("- reference direct: +0.21 [+0.10, +0.30] bits per byte, n 7")
+    assert lines[place + 1] == "- setting far, against short: +0.22 [+0.10, +0.30] bits per byte, n 7"
+    assert lines[place - 1].startswith("- against ")
+
+
 def test_the_same_files_give_the_same_text(folder: Path) -> None:
     assert render_evidence(folder) == render_evidence(folder)
 

@@ -14,6 +14,7 @@ from trialist.engine.summary import (
     CURVE_POINTS,
     EVIDENCE_KEYS,
     KEPT_CURVES,
+    KEPT_REMARKS,
     evidence_document,
     write_evidence,
 )
@@ -161,6 +162,20 @@ def test_readings_over_a_range_are_averaged_point_by_point() -> None:
     ]
     points = made.document(records=records, arms=arms)["curve_means"][0]["points"]
     assert points == [pytest.approx([0.15, 5.0]), pytest.approx([0.5, 2.5])]
+
+
+def test_of_many_remarks_of_runs_the_first_are_told_and_the_others_counted() -> None:
+    arms = (Arm("a", "control"), Arm("b", "treatment"))
+    notes = [("the same in every run", *(f"seed {seed}, point {point}" for point in range(9))) for seed in range(6)]
+    records = [
+        dataclasses.replace(made.run("a", seed, 1.0), outcome=made.Outcome(notes=said))
+        for seed, said in enumerate(notes)
+    ]
+    threats = made.document(records=records, arms=arms)["threats"]
+    first = threats.index("the same in every run")
+    told = threats[first:]
+    assert len(told) == KEPT_REMARKS + 1
+    assert told[-1] == "15 further remarks of single runs stand in the ledger"
 
 
 def test_long_curves_keep_their_ends() -> None:

@@ -30,7 +30,8 @@ COST_UNITS = (
     "bits",
 )
 
-
+ANALYSED_UNITS = {"log": "log ratio", "logit": "log odds"}
+"""Scale of analysis -> unit of differences on it; on `identity` that is the unit of the endpoint"""
 OVER = "_by_"
 """Between a reading and what it is read over, in the name of a curve that does not lie over the budget"""
 
@@ -55,6 +56,11 @@ class Endpoint:
     def __post_init__(self) -> None:
         if self.margin is not None and not self.margin > 0:
             raise ValueError(f"endpoint {self.name!r}: margin must be > 0, not {self.margin}")
+
+    @property
+    def analysed_unit(self) -> str:
+        """Unit of differences on the scale of analysis."""
+        return ANALYSED_UNITS.get(self.scale, self.unit)
 
 
 @dataclass(frozen=True)
@@ -271,6 +277,10 @@ class Trial(ABC):
     def replicates_over(self) -> Replicate:
         """What the verdict generalises over for these inputs."""
         return self.replicate
+
+    def readings(self) -> tuple[Any, ...]:
+        """Further effects over the arms of the deciding setting (`trialist.engine.effects`): shown, never decide."""
+        return ()
 
     def endpoints(self) -> tuple[Endpoint, ...]:
         """The metrics of the runs whose direction is known."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trialist.engine.contract import Endpoint, Items, Replicate
-from trialist.engine.effects import Cell, kind_of, label_of, with_metric
+from trialist.engine.effects import Cell, fitted_metric, kind_of, label_of, on_scale, per_of, unit_of, with_metric
 from trialist.engine.intervals import (
     FIXED,
     Array,
@@ -52,6 +52,10 @@ class Contrast:
     """Replicates left out because they equal another bit for bit"""
     items: int | None = None
     clusters: int | None = None
+    per: str = ""
+    """What an effect over arms is counted by, such as `doubling`"""
+    unit: str = ""
+    """Of an effect over arms"""
 
     @property
     def margin(self) -> float:
@@ -77,6 +81,7 @@ class Contrast:
             correlation=self.correlation,
             without_diverged=None if w is None else (w.estimate, w.low, w.high),
             reason=i.reason,
+            unit=self.unit,
         )
 
 
@@ -117,10 +122,14 @@ def contrast(
 def grid_contrast(
     table: Table, setting: str, endpoint: Endpoint, effect: Any, level: Level = FIXED, tell_apart: Sequence[str] = ()
 ) -> Contrast:
-    """An effect that is fitted over all arms of a setting: per seed, or over all models at once."""
+    """An effect that is fitted over all arms of a setting: per seed, or over all models at once.
+
+    It finds the metric that it is fitted to on the endpoint's scale of analysis.
+    """
     names = [name for (s, name), arm in table.arms.items() if s == setting and arm.role != "reference"]
     sign, label = _sign(endpoint), label_of(effect)
-    blank = Contrast(endpoint, label, setting, undefined("no seed has finished in all arms", 0, "none", level=level))
+    missing = undefined("no seed has finished in all arms", 0, "none", level=level)
+    blank = Contrast(endpoint, label, setting, missing, per=per_of(effect), unit=unit_of(effect, endpoint))
     models = kind_of(effect) == "models"
     seeds, repeated = distinct_seeds(table, setting, tuple(names), (endpoint.name, *tell_apart))
     if models:
@@ -135,10 +144,12 @@ def grid_contrast(
     if not cells:
         return blank
     broken = {(cell.arm.name, cell.seed) for cell in cells if table.diverged(setting, cell.arm.name, cell.seed)}
-    metric = getattr(effect, "metric", None) or getattr(effect, "y", None) or endpoint.name
+    metric = fitted_metric(effect, endpoint.name)
 
-    def interval(chosen: Sequence[Cell]) -> Interval:
+    def interval(measured: Sequence[Cell]) -> Interval:
+        chosen = measured
         try:
+            chosen = [on_scale(cell, metric, endpoint.scale) for cell in measured]
             if models:
                 return effect.interval(chosen, sign=sign, level=level)
             kept = sorted({cell.seed for cell in chosen})

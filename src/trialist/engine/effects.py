@@ -1,8 +1,12 @@
 """What a trial may measure instead of the paired difference: ratios, interactions, slopes and associations.
 
 A trial sets one of them, `effect = interaction("task", "log_ratio", given=("total_lr_time",))`. A name in an effect is
-looked up in a run's metrics, then in its covariates, then in its arm's options. Positive must mean better once the
-endpoint's direction is applied: the effect of a lower-is-better endpoint is turned around by the engine.
+looked up in a run's metrics, then in its covariates, then in its arm's options. What is fitted comes on the endpoint's scale
+of analysis. Positive must mean better once the endpoint's direction is applied: the effect of a lower-is-better endpoint is
+turned around by the engine.
+
+An effect is a callable with a `kind` and a `label`. It may have `per`, what one unit of it is counted by (`doubling`), or a
+`unit` of its own where it is no change of the endpoint; and `said`, for a reading that belongs into the verdict's sentence.
 """
 
 from __future__ import annotations
@@ -14,8 +18,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from scipy import stats
 
-from trialist.engine.contract import Arm, Outcome
-from trialist.engine.intervals import FIXED, Array, Interval, Level, Undefined, undefined
+from trialist.engine.contract import Arm, Endpoint, Outcome
+from trialist.engine.intervals import FIXED, Array, Interval, Level, Undefined, to_scale, undefined
 from trialist.engine.item_intervals import bca
 
 LEAST_MODELS = 8
@@ -199,11 +203,34 @@ def label_of(effect: Any) -> str:
     return getattr(effect, "label", None) or getattr(effect, "__name__", "effect").replace("_", " ")
 
 
+def fitted_metric(effect: Any, endpoint: str) -> str:
+    """The metric that an effect over arms is fitted to: its own, or the endpoint."""
+    return getattr(effect, "metric", None) or getattr(effect, "y", None) or endpoint
+
+
+def per_of(effect: Any) -> str:
+    """`doubling` for an effect that is counted by it; empty where it has no such unit."""
+    return getattr(effect, "per", "")
+
+
+def unit_of(effect: Any, endpoint: Endpoint) -> str:
+    """In what an effect is given: its own unit, or that of the endpoint on its scale of analysis."""
+    own = getattr(effect, "unit", "")
+    return own or endpoint.analysed_unit + (f" per {per_of(effect)}" if per_of(effect) else "")
+
+
 def with_metric(cell: Cell, name: str, value: float) -> Cell:
     """The cell with one metric replaced (a diverged run counts as the worst value of its setting)."""
     reasons = {key: reason for key, reason in cell.outcome.undefined.items() if key != name}
     metrics = {**cell.outcome.metrics, name: value}
     return replace(cell, outcome=replace(cell.outcome, metrics=metrics, undefined=reasons))
+
+
+def on_scale(cell: Cell, name: str, scale: str) -> Cell:
+    """The cell with one metric on its scale of analysis. Raises Undefined where it has no value there."""
+    if scale == "identity" or name not in cell.outcome.metrics:
+        return cell
+    return with_metric(cell, name, float(to_scale(cell.outcome.metrics[name], scale, f"{name} of {cell.arm.name}")))
 
 
 def _over_models(

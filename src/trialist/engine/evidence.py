@@ -94,6 +94,11 @@ def _row(document: Mapping[str, Any]) -> dict[str, Any]:
             *[f"saving of {entry['endpoint']}: {_line(entry)}" for entry in document.get("savings") or []],
             *[f"guard {entry['endpoint']} against {entry['control']}: {_line(entry)}" for entry in document["guards"]],
             *[f"negative control {entry['setting']}: {_line(entry, unit)}" for entry in document["null_effects"]],
+            *[f"reference {entry['control']}: {_line(entry, unit)}" for entry in document.get("references") or []],
+            *[
+                f"setting {entry['setting']}, against {entry['control']}: {_line(entry, unit)}"
+                for entry in document["settings"]
+            ],
         ],
         "cost": {
             wording.COST_NAMES.get(unit, unit): wording.ratio_text(value)

@@ -111,6 +111,8 @@ class Effect:
     reason: str | None = None
     null_word: Literal["shown null", "effect shown", "undecided"] | None = None
     """For null settings"""
+    unit: str = ""
+    """Of an effect that is fitted over arms; the difference of two arms has that of its endpoint"""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class Verdict:
     co_primary: tuple[Effect, ...] = ()
     guards: tuple[Effect, ...] = ()
     secondary: tuple[Effect, ...] = ()
+    readings: tuple[Effect, ...] = ()
+    """What else was fitted over the arms of the primary setting; never decides"""
     settings: tuple[Effect, ...] = ()
     """Primary endpoint in the other non-null settings"""
     null_effects: tuple[Effect, ...] = ()

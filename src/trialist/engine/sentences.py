@@ -56,8 +56,7 @@ def change_words(contrast: Contrast, treatment: str) -> str:
     """`selective attention lowers bits per byte by 0.31 (95 % interval 0.27 to 0.35)`."""
     endpoint = contrast.endpoint
     up = ((contrast.interval.estimate or 0.0) >= 0) == (endpoint.better == "higher")
-    odds = "the odds of " if endpoint.scale == "logit" else ""
-    return f"{treatment} {'raises' if up else 'lowers'} {odds}{_name(endpoint)} by {size_words(contrast)}"
+    return f"{treatment} {'raises' if up else 'lowers'} {_odds(endpoint)}{_name(endpoint)} by {size_words(contrast)}"
 
 
 def against_words(contrasts: Sequence[Contrast]) -> str:
@@ -93,7 +92,9 @@ def sentence(
 def effect_words(contrasts: Sequence[Contrast], treatment: str, factor: bool) -> str:
     weakest = min(contrasts, key=_strength)
     if factor:
-        return f"the {weakest.control} for {_name(weakest.endpoint)} is {signed_words(weakest)}"
+        return (
+            f"the {weakest.control} for {_odds(weakest.endpoint)}{_name(weakest.endpoint)} is {signed_words(weakest)}"
+        )
     return f"{change_words(weakest, treatment)} {against_words(contrasts)}"
 
 
@@ -107,7 +108,7 @@ def signed_words(contrast: Contrast, ninety: bool = False) -> str:
         return f"{_on_scale([i.estimate], contrast.endpoint, False)[0]} (no interval: {i.reason})"
     shown = _on_scale([i.estimate, low, high], contrast.endpoint, False)
     good = "above 1" if contrast.endpoint.scale == "logit" else "positive"
-    return f"{shown[0]} ({label} {shown[1]} to {shown[2]}; {good} is better)"
+    return f"{shown[0]}{_per(contrast)} ({label} {shown[1]} to {shown[2]}; {good} is better)"
 
 
 def saving_words(contrasts: Sequence[Contrast], least: float, ninety: bool = False) -> str:
@@ -166,7 +167,7 @@ def _won(decision: Decision, evidence: Evidence, treatment: str, factor: bool) -
         below = any((entry.interval.estimate or 0.0) < entry.margin * (1 - 1e-9) for entry in group)
         side = "less than" if below else "at least"
         parts.append(
-            f"{effect_words(group, treatment, factor)}, {side} the margin of {margin_words(group[0].endpoint)}"
+            f"{effect_words(group, treatment, factor)}, {side} the margin of {margin_words(group[0].endpoint)}{_per(group[0])}"
         )
     said = "; and ".join(parts)
     if evidence.guards:
@@ -176,7 +177,7 @@ def _won(decision: Decision, evidence: Evidence, treatment: str, factor: bool) -
 
 def _lost(decision: Decision, evidence: Evidence, treatment: str, factor: bool) -> str:
     worst = min(decision.against, key=_strength)
-    margin = margin_words(worst.endpoint)
+    margin = margin_words(worst.endpoint) + _per(worst)
     found = effect_words([worst], treatment, factor)
     if decision.broken_guard:
         return f"{found}: a guard is broken, at most {margin} of loss was accepted"
@@ -193,8 +194,8 @@ def _nothing(decision: Decision, evidence: Evidence, treatment: str, factor: boo
             f"{treatment} saves too little against {against}: {saved}; on {_name(weakest.endpoint)} the difference is "
             f"{signed_words(weakest)}, at a margin of {margin_words(weakest.endpoint)}"
         )
-    said = f"{treatment or first.control} changes {_name(first.endpoint)} by less than the margin of "
-    said += f"{margin_words(first.endpoint)}: {signed_words(first, ninety=True)}"
+    said = f"{treatment or first.control} changes {_odds(first.endpoint)}{_name(first.endpoint)} by less than the margin of "
+    said += f"{margin_words(first.endpoint)}{_per(first)}: {signed_words(first, ninety=True)}"
     return said if factor else f"{said} against {first.control}"
 
 
@@ -230,7 +231,8 @@ def _too_few(n: int, main: Sequence[Contrast], replicate: Replicate) -> str:
 
 def _on_scale(values: Sequence[float | None], endpoint: Endpoint, turned: bool) -> list[str]:
     if endpoint.scale == "logit":
-        return [("a factor of " if k == 0 else "") + f"{math.exp(v or 0.0):.3g}" for k, v in enumerate(values)]
+        factors = _plain([math.exp(value or 0.0) for value in values])
+        return ["a factor of " + factors[0], *factors[1:]]
     if endpoint.scale == "log":
         sign = -1.0 if turned else 1.0
         shares = [sign * 100 * _relative(sign * (v or 0.0), endpoint) for v in values]
@@ -264,6 +266,14 @@ def _label(interval: Interval, ninety: bool) -> str:
 
 def _name(endpoint: Endpoint) -> str:
     return endpoint.name.replace("_", " ")
+
+
+def _odds(endpoint: Endpoint) -> str:
+    return "the odds of " if endpoint.scale == "logit" else ""
+
+
+def _per(contrast: Contrast) -> str:
+    return f" per {contrast.per}" if contrast.per else ""
 
 
 def _unit(endpoint: Endpoint) -> str:

@@ -51,11 +51,13 @@ CONTEXT_KEYS = (
     "technique",
     "kind",
     "scale",
+    "per",
     "setting",
     "sentence",
     "advice",
     "co_primary",
     "secondary",
+    "readings",
     "references",
     "savings",
     "saving",
@@ -70,6 +72,8 @@ CONTEXT_KEYS = (
     "items",
     "curve_means",
 )
+KEPT_REMARKS = 40
+"""Distinct remarks of runs that a summary tells"""
 KEPT_CURVES = 40
 """Curves kept per arm, setting and metric; the mean is over all of them"""
 CURVE_POINTS = 160
@@ -95,6 +99,8 @@ def summarize(
     stages: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The document, clean JSON throughout. `endpoint` and `margin` are those that decided; None: those of the claim."""
+    from trialist.engine.effects import per_of
+
     arms = list(arms)
     claim = trial.claim
     decisive = _endpoint(claim.endpoints, endpoint) or claim.endpoint
@@ -129,6 +135,7 @@ def summarize(
         "unit": decisive.unit,
         "better": decisive.better,
         "scale": decisive.scale,
+        "per": per_of(trial.effect),
         "margin": margin if margin is not None else decisive.margin,
         "replicate": replicate,
         "interval_method": next((effect.method for effect in verdict.effects if effect.method), None),
@@ -138,6 +145,7 @@ def summarize(
         "co_primary": _effects(verdict.co_primary, claim.endpoints),
         "guards": _effects(verdict.guards, claim.endpoints),
         "secondary": _effects(verdict.secondary, claim.endpoints),
+        "readings": _effects(verdict.readings, claim.endpoints),
         "settings": _effects(verdict.settings, claim.endpoints),
         "null_effects": _effects(verdict.null_effects, claim.endpoints),
         "references": _effects(verdict.references, claim.endpoints),
@@ -217,7 +225,7 @@ def _effects(effects: Sequence[Effect], endpoints: Sequence[Endpoint]) -> list[d
         ]
         if lost and not entry["reason"]:
             entry["reason"] = f"{' and '.join(lost)} not finite"
-        entry["unit"] = known[effect.endpoint].unit if effect.endpoint in known else ""
+        entry["unit"] = effect.unit or (known[effect.endpoint].unit if effect.endpoint in known else "")
         entry["better"] = known[effect.endpoint].better if effect.endpoint in known else None
         found.append(entry)
     return found
@@ -278,12 +286,15 @@ def _totals(grouped: Mapping[tuple[str, str], Mapping[int, RunRecord]]) -> dict[
 
 
 def _threats(given: Sequence[str], grouped: Mapping[tuple[str, str], Mapping[int, RunRecord]]) -> list[str]:
-    """The verdict's threats, then every distinct remark of a run."""
-    notes = dict.fromkeys(given)
+    """The verdict's threats, then the distinct remarks of the runs, the first `KEPT_REMARKS` of them."""
+    found: dict[str, None] = {}
     for by_seed in grouped.values():
         for run in by_seed.values():
-            notes |= dict.fromkeys(run.outcome.notes if run.outcome else ())
-    return list(notes)
+            found |= dict.fromkeys(run.outcome.notes if run.outcome else ())
+    remarks = [remark for remark in found if remark not in given]
+    more = len(remarks) - KEPT_REMARKS
+    told = [f"{more:,} further remarks of single runs stand in the ledger"] if more > 0 else []
+    return [*given, *remarks[:KEPT_REMARKS], *told]
 
 
 def _curves(

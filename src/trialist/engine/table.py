@@ -19,18 +19,20 @@ class Table:
     def __init__(self, arms: Sequence[Arm], runs: Iterable[RunRecord]) -> None:
         self.arms = {(arm.setting, arm.name): arm for arm in arms}
         self.runs: dict[tuple[str, str, int], RunRecord] = {}
+        self._seeds: dict[tuple[str, str], set[int]] = {}
         self.failed: list[RunRecord] = []
         for run in sorted(runs, key=lambda run: run.attempt):
             if run.purpose != "trial" or (run.setting, run.arm) not in self.arms:
                 continue
             if run.status in ("done", "diverged") and run.outcome is not None:
                 self.runs[run.setting, run.arm, run.seed] = run
+                self._seeds.setdefault((run.setting, run.arm), set()).add(run.seed)
             elif run.status == "failed":
                 self.failed.append(run)
 
     def seeds(self, setting: str, *arms: str) -> list[int]:
         """Seeds that all these arms have, in order."""
-        found = [{seed for (s, a, seed) in self.runs if (s, a) == (setting, arm)} for arm in arms]
+        found = [self._seeds.get((setting, arm), set()) for arm in arms]
         return sorted(set.intersection(*found)) if found else []
 
     def of(self, setting: str, arm: str) -> list[RunRecord]:

@@ -18,12 +18,12 @@ from trialist.engine.checks import (
 )
 from trialist.engine.contract import Arm, Endpoint, Replicate, Trial
 from trialist.engine.contrasts import Contrast, contrast, grid_contrast
-from trialist.engine.effects import kind_of, label_of
+from trialist.engine.effects import fitted_metric, kind_of, label_of
 from trialist.engine.intervals import FIXED, Level
 from trialist.engine.records import Effect, RunRecord, Verdict, primary_setting
 from trialist.engine.rules import Decision, Evidence, null_word, word_for
 from trialist.engine.savings import cost_equivalent, cost_ratio, saving_contrast
-from trialist.engine.sentences import reason, sentence, signed_words
+from trialist.engine.sentences import effect_words, reason, sentence, signed_words
 from trialist.engine.sequential import Look, level_of
 from trialist.engine.table import Table
 
@@ -120,7 +120,12 @@ class _Trial:
         strongest = min(main, key=lambda e: (e.interval.estimate is not None, e.interval.estimate or 0.0)).control
         ratios = {} if self.grid else cost_ratio(table, self.setting, strongest, self.treatment, claim.price)
         more = () if void or decision.word != "inconclusive" else self._more(decision, evidence)
-        said = self._said(decision, evidence, void, more, ratios, strongest)
+        readings = [
+            (getattr(effect, "said", False), self._fitted(effect, self.setting, replace(self.main, margin=None)))
+            for effect in self.trial.readings()
+        ]
+        aloud = [entry for told, entry in readings if told]
+        said = self._said(decision, evidence, void, more, ratios, strongest, aloud)
         return Verdict(
             word="void" if void else decision.word,
             reason=said[0],
@@ -135,6 +140,7 @@ class _Trial:
             secondary=tuple(
                 e.effect() for entry in claim.secondary for e in self._against(entry, self.setting, secondary=True)
             ),
+            readings=tuple(entry.effect() for _, entry in readings),
             settings=tuple(e.effect() for name in self._settings(null=False) for e in self._against(self.main, name)),
             null_effects=null_effects,
             references=self._references(),
@@ -155,9 +161,9 @@ class _Trial:
     ) -> tuple[Contrast, ...]:
         """Contrasts of one endpoint in one setting, one per control (or the one effect over all arms)."""
         if self.grid:
-            if secondary:
-                return ()
-            return (grid_contrast(self.table, setting, endpoint, self.effect, self.level, self.names),)
+            if secondary and fitted_metric(self.effect, endpoint.name) != endpoint.name:
+                return ()  # it is fitted to a metric of its own, whatever the endpoint
+            return (self._fitted(self.effect, setting, endpoint),)
         controls, treatment, _, _ = roles(self.arms, setting)
         if treatment is None:
             return ()
@@ -166,6 +172,9 @@ class _Trial:
             contrast(self.table, setting, arm, treatment, endpoint, self.replicate, self.level, paired, self.names)
             for arm in (arms if arms is not None else controls)
         )
+
+    def _fitted(self, effect: Any, setting: str, endpoint: Endpoint) -> Contrast:
+        return grid_contrast(self.table, setting, endpoint, effect, self.level, self.names)
 
     def _evidence(self) -> Evidence:
         saving = self.trial.claim.saving
@@ -229,7 +238,12 @@ class _Trial:
             word = null_word(found)
             effects += [replace(entry.effect(), null_word=word) for entry in found]
             if word == "effect shown":
-                shown.append(f"in setting {setting}, {signed_words(found[0])} against {found[0].control}")
+                words = (
+                    effect_words(found, "", True)
+                    if self.grid
+                    else f"{signed_words(found[0])} against {found[0].control}"
+                )
+                shown.append(f"in setting {setting}, {words}")
         return tuple(effects), shown
 
     def _settings(self, null: bool) -> list[str]:
@@ -257,6 +271,7 @@ class _Trial:
         more: Sequence[More],
         ratios: dict[str, float],
         strongest: str,
+        aloud: Sequence[Contrast],
     ) -> tuple[str, str, str]:
         if void:
             return void, f"the comparison does not count: {void}.", f"Put this right and run again: {void}."
@@ -266,6 +281,7 @@ class _Trial:
             [f"the claim's own endpoint {_words(self.trial.claim.endpoint.name)} was replaced"] if self.replaced else []
         )
         decisive = {_words(entry.name) for entry in (self.trial.claim.endpoint, *self.co_primary, *self.guards)}
+        notes += [effect_words([entry], "", factor=True) for entry in aloud if not decision.too_few]
         notes += [note for note in self.substitutes if any(name in _words(note) for name in decisive)]
         if notes:
             said = f"{said[:-1]} ({'; '.join(note.rstrip('.') for note in notes)})."

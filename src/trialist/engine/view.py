@@ -22,6 +22,7 @@ SECTIONS = (
     ("null_effects", "Negative controls: here the benefit must vanish"),
     ("references", "References, which never decide"),
     ("secondary", "Secondary endpoints, which never decide"),
+    ("readings", "What else the same runs say, which never decides"),
 )
 
 
@@ -117,7 +118,7 @@ def _comparison(entry: Mapping[str, Any], key: str) -> dict[str, Any]:
         "treatment_mean": "–" if values[1] is None else wording.plain(values[1], places),
         "effect": wording.signed(entry["effect"], wording.effect_decimals(entry)),
         "interval": wording.interval(entry) or "none",
-        "margin": wording.margin_text(entry.get("margin")) if key not in ("secondary", "references") else "–",
+        "margin": "–" if key in ("secondary", "readings", "references") else wording.margin_text(entry.get("margin")),
         "n": f"{entry['n']:,}",
         "note": "; ".join(note for note in notes if note),
     }

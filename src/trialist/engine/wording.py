@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from trialist.engine.contract import ANALYSED_UNITS
+
 WORDS = ("contradicted", "no effect", "inconclusive", "void", "small", "supported")
 """The order in which results are shown: what speaks against a claim comes first"""
 MEANING = {
@@ -84,9 +86,10 @@ def effect_text(effect: Mapping[str, Any], unit: str = "") -> str:
 
 
 def effect_unit(document: Mapping[str, Any]) -> str:
-    """Unit of effects and margin: that of the endpoint, or the scale of analysis where that is another."""
-    scale = {"log": "log ratio", "logit": "log odds"}.get(document.get("scale") or "identity")
-    return scale or document["unit"]
+    """Unit of effects and margin: that of the endpoint, or the scale of analysis where that is another, and what an effect over
+    arms is counted by."""
+    unit = ANALYSED_UNITS.get(document.get("scale") or "identity") or document["unit"]
+    return f"{unit} per {document['per']}".strip() if document.get("per") else unit
 
 
 def margin_text(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The grid of the learning-rate and batch study: its cells, three rules for how long a cell trains, and what is fitted.
+"""The grid of the learning-rate and batch study: its cells, and three rules for how long a cell trains.
 
 One identity rules all of it. With l, b, s the logarithms of peak learning rate, batch and steps, learning-rate time is
 t = l + s and the examples seen are n = b + s, so the ratio is r = l - b = t - n. At a fixed number of epochs n does not vary
@@ -7,79 +7,52 @@ and r is t: a ratio found there cannot be told from training harder. Given t, a 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
-
-if TYPE_CHECKING:
-    from trialist.engine.effects import Cell
 
 RULES = ("equal-epochs", "equal-steps", "equal-lr-time")
-TASKS = ("reasoning", "pattern", "format")
-GIVEN, PUBLISHED, NULL = "all-rules-given-lr-time", "equal-epochs-no-control", "twins"
-LAW = {f"law-{task}": task for task in TASKS}
-TWINS = ("pattern", "pattern-twin")
+LEARNING_RATES, SPREAD = 5, 4
+"""Learning rates of the grid, and how many times larger each of its three batches is than the one before"""
+PASSES = 2
+"""Most passes of a cell over its rows: beyond them more examples would be more repetition"""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A place of the grid: how far peak learning rate and batch lie from the middle, and how long is trained."""
+    """A place of the grid; with 0 steps it is the model before fine-tuning."""
 
     learning_rate: float
     batch: int
     steps: int
 
+    @property
+    def rows(self) -> int:
+        return self.batch * self.steps
 
-def points(
-    rule: str, *, learning_rate: float, batch: int, steps: int, learning_rates: int, factor: float, spread: int
-) -> Iterator[Point]:
-    """`learning_rates` rates, each `factor` times the one before, by three batches, each `spread` times the one before.
 
-    learning_rate, batch, steps: of the middle cell, which is the same under every rule. Raises ValueError for an unknown
-    rule.
+BEFORE = Point(0.0, 0, 0)
+
+
+def points(rule: str, middle: Point, factor: float) -> Iterator[Point]:
+    """Five learning rates, each `factor` times the one before, by three batches.
+
+    middle: the cell in the middle, which is the same under every rule. Raises ValueError for an unknown rule.
     """
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is unknown; one of {', '.join(RULES)}")
-    half = learning_rates // 2
+    half = LEARNING_RATES // 2
     for place in range(-half, half + 1):
-        for size in (batch // spread, batch, batch * spread):
-            length = {
-                "equal-epochs": steps * batch / size,
-                "equal-steps": steps,
-                "equal-lr-time": steps * factor**-place,
+        for batch in (middle.batch // SPREAD, middle.batch, middle.batch * SPREAD):
+            steps = {
+                "equal-epochs": middle.rows / batch,
+                "equal-steps": middle.steps,
+                "equal-lr-time": middle.steps * factor**-place,
             }[rule]
-            yield Point(learning_rate * factor**place, size, max(1, round(length)))
+            yield Point(middle.learning_rate * factor**place, batch, max(1, round(steps)))
 
 
-@dataclass(frozen=True)
-class RatioEffect:
-    """What a setting's cells say about the ratio, in the metric per doubling, one number a seed.
-
-    Over all rules, and at equal steps: the slope over log2(lr / batch) given log2(learning-rate time) and its square, of
-    reasoning minus the mean of the other tasks, which is the interaction of task and ratio. At equal learning-rate time it is
-    given by design. At equal epochs the same without control, as it was published. In the settings `law-...` the sum of the
-    slopes over log2(lr) and log2(batch), at equal steps: 0 if nothing but the ratio counts.
-    """
-
-    metric: str = "score"
-
-    kind: ClassVar[str] = "replicate"
-    label: ClassVar[str] = "interaction of task and log2(lr/batch) given learning-rate time"
-
-    def __call__(self, cells: Sequence[Cell], endpoint: str) -> float:
-        setting = cells[0].arm.setting
-        if setting in LAW:
-            rate = self._slope("log_lr", ("log_batch",))
-            size = self._slope("log_batch", ("log_lr",))
-            return rate(cells) + size(cells)
-        time: tuple[str, ...] = ("log_lr_time", "log_lr_time_squared")
-        ratio = self._slope("log_ratio", () if setting in (PUBLISHED, "equal-lr-time") else time)
-        first, *others = TWINS if setting == NULL else TASKS
-        slopes = {task: ratio([c for c in cells if c.arm["task"] == task]) for task in (first, *others)}
-        return slopes[first] - math.fsum(slopes[task] for task in others) / len(others)
-
-    def _slope(self, over: str, given: tuple[str, ...]) -> Callable[[Sequence[Cell]], float]:
-        from trialist.engine.effects import slope
-
-        return lambda cells: slope(over, self.metric, given=given)(cells, self.metric)
+def grid(middle: Point, factor: float) -> dict[Point, tuple[str, ...]]:
+    """Every place, and the rules under which it is one."""
+    rules = {rule: set(points(rule, middle, factor)) for rule in RULES}
+    together = dict.fromkeys(point for rule in RULES for point in points(rule, middle, factor))
+    return {point: tuple(rule for rule in RULES if point in rules[rule]) for point in together}

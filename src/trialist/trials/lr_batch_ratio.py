@@ -9,30 +9,17 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trialist.engine.context import Context
 from trialist.engine.contract import Arm, Budget, Claim, Cost, Endpoint, Outcome, Trial
-from trialist.engine.hardware import resolve_device
-from trialist.trials._language_model import (
-    BUILT_IN,
-    PRELOAD,
-    VERSIONS,
-    check_inputs,
-    check_length,
-    given_model,
-    model_inputs,
-    new_decoder,
-    save,
-    train,
-)
-from trialist.trials._lr_batch_grid import GIVEN, LAW, NULL, PUBLISHED, RULES, TASKS, TWINS, Point, RatioEffect, points
+from trialist.trials import _lr_batch_effects as effects
+from trialist.trials._language_model import BUILT_IN, PRELOAD, VERSIONS, check_inputs, model_inputs
+from trialist.trials._lr_batch_cells import build_base, build_cell
+from trialist.trials._lr_batch_grid import BEFORE, PASSES, SPREAD, Point, grid
+from trialist.trials._lr_batch_tasks import UNEQUAL_TWINS, check_data, files, task_names
 
-if TYPE_CHECKING:
-    from trialist.data.instruction_tasks import Symbols
-
-LEARNING_RATES, SPREAD = 5, 4
+MAIN, NULL = "grid", "unequal-twins"
 
 
 @dataclass(frozen=True)
@@ -46,20 +33,23 @@ class LearningRateBatchTrial(Trial):
         reported="with SmolLM2 1.7B, ratio 11.25e-6 against 0.097e-6: GSM8K 51.6 against 44.7 and HellaSwag 61.1 against 64.2 "
         "after preference training, but ARC 51.5 against 57.1 and IFEval 67.7 against 56.6, which go the other way; one seed, "
         "equal epochs, so that the ratio is learning-rate time",
-        endpoint=Endpoint("score", unit="share of sampled answers per doubling", better="higher", margin=0.01),
+        endpoint=Endpoint(
+            "score", unit="probability of an answer's token", better="higher", margin=0.05, scale="logit"
+        ),
         secondary=(
+            Endpoint("validation_score", unit="probability of an answer's token", better="higher", scale="logit"),
             Endpoint("greedy", unit="share of answers", better="higher"),
-            Endpoint("validation_score", unit="share of sampled answers", better="higher"),
+            Endpoint("sampled", unit="share of sampled answers", better="higher"),
         ),
     )
-    budget = Budget("steps", settings={PUBLISHED: "tokens"})
-    effect = RatioEffect()
+    budget = Budget("steps")
+    effect = effects.CONTROLLED
     presets = {
-        "tiny": dict(seeds=3, about="three rules, about 10 minutes each on 2 cores"),
-        "real": dict(model="smollm2-135m-instruct", pretraining=100, pretraining_rate=1e-4, examples=512, batch=8, steps=32,
-                     learning_rate=1e-4, test_items=256, seeds=3, about="a given model, many hours on 2 cores"),
-        "gpu": dict(layers=6, width=256, heads=8, pretraining=6_000, digits=10, hops=3, letters=26, examples=8_192, batch=32,
-                    steps=512, test_items=2_048, seeds=6, about="hours on one GPU"),
+        "tiny": dict(seeds=3, about="about 8 CPU minutes a seed, the longest run about 15 seconds"),
+        "real": dict(model="smollm2-135m-instruct", batch=4, steps=12, length=128, test_items=64, seeds=3,
+                     about="a given model and --data of your own, a day or two on 2 cores, resumable"),
+        "gpu": dict(layers=6, width=256, heads=8, pretraining=6_000, digits=10, hops=4, letters=26, batch=32, steps=192,
+                    test_items=2_048, seeds=6, about="hours on one GPU"),
     }  # fmt: skip
     preload = (*PRELOAD, "trialist.data.instruction_tasks", "trialist.models.loading", "peft")
     versions = VERSIONS
@@ -69,105 +59,136 @@ class LearningRateBatchTrial(Trial):
     )
 
     model: str = BUILT_IN
-    """Hub id, local folder or asset of a model to start from; `decoder` trains a small one from scratch"""
+    """Hub id, local folder or asset of a model to fine-tune on --data; `decoder` trains a small one on generated tasks"""
+    data: str = ""
+    """For a given model: two or three kinds of rows as `train sft` reads them, with commas; the one that should gain first"""
+    columns: str = ""
+    """Columns under other names: prompt=question,completion=answer; one list for all data, or one for each with `;` between"""
+    split: str | None = None
+    """Split of the data to read; it is cut 80/10/10 by what is asked"""
+    max_examples: int | None = None
+    """Most rows to read of each kind"""
+    length: int = 512
+    """Most tokens of a row of your own; longer ones are cut off at the end"""
+    chat: bool = False
+    """Put your string prompts and completions through the chat template"""
     layers: int = 2
     """Layers of the built-in decoder"""
-    width: int = 64
+    width: int = 96
     """Width of the built-in decoder"""
     heads: int = 4
     """Attention heads of the built-in decoder"""
-    digits: int = 5
+    digits: int = 16
     """Digits of the arithmetic, and its modulus"""
     hops: int = 2
     """Operations in a chain, each written out with its result"""
-    letters: int = 12
+    letters: int = 20
     """Letters of the alphabet; each pair of them has its successor"""
-    pretraining: int = 1_500
-    """Steps of mixed text before fine-tuning, with 64 rows each; once a seed"""
+    pretraining: int = 2_000
+    """Steps of 64 rows of mixed text by which the built-in decoder learns before fine-tuning; once a seed"""
     pretraining_rate: float = 3e-3
     """Peak learning rate of these steps"""
-    examples: int = 1_024
-    """Rows to fine-tune on, of each task; passed again and again"""
-    batch: int = 16
-    """Rows in a step in the middle of the grid; a quarter and four times as many at its sides"""
-    steps: int = 96
-    """Steps in the middle of the grid"""
-    learning_rate: float = 4e-3
-    """Peak learning rate in the middle of the grid"""
+    learning_rate: float | None = None
+    """Peak learning rate in the middle of the grid; without it 2e-3, for a given model 2e-5, with LoRA 2e-4"""
+    batch: int | None = None
+    """Rows in a step in the middle of the grid, a quarter and four times as many at its sides; without it 32, for a given
+    model 8"""
+    steps: int | None = None
+    """Steps in the middle of the grid; without it 48, for a given model 32"""
     factor: float = 2.0
     """Each of the five learning rates is so many times the one before"""
     test_items: int = 512
-    """Test rows of each task"""
+    """Most rows of each task for validation, and for the test"""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`"""
     dtype: str = "float32"
     """float32, or bfloat16 for autocast"""
+    lora: int = 0
+    """Rank of LoRA adapters for a given model; 0 trains all weights"""
 
-    def check(self) -> None:
-        from trialist.data.instruction_tasks import Symbols
-
-        check_inputs(
-            self.model, self.dtype, 0, layers=self.layers, width=self.width, heads=self.heads, pretraining=self.pretraining,
-            examples=self.examples, steps=self.steps, test_items=self.test_items,
-        )  # fmt: skip
-        symbols = Symbols(0, digits=self.digits, letters=self.letters, hops=self.hops)
-        if self.batch < SPREAD or self.batch % SPREAD:
-            raise ValueError(f"--batch must be a multiple of {SPREAD}: the grid has a quarter of it; not {self.batch}")
-        if not 1 < self.factor <= 16:
-            raise ValueError(f"--factor must be above 1 and at most 16, not {self.factor}")
-        for name in ("learning_rate", "pretraining_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be > 0, not {getattr(self, name)}")
-        if self.steps < max(SPREAD, self.factor ** (LEARNING_RATES // 2)):
-            raise ValueError(
-                f"--steps {self.steps} leaves no step where the rules make runs {SPREAD} or {self.factor**2:g} times shorter"
-            )
-        if self.model != BUILT_IN:
-            check_length(self.model, symbols.longest)
-        elif self.width % self.heads:
-            raise ValueError(f"--width {self.width} must be a multiple of --heads {self.heads}")
-
-    def digests(self) -> Mapping[str, str]:
-        return model_inputs(self.model, self.device)
-
-    def remarks(self) -> tuple[str, ...]:
-        return (
-            f"setting {PUBLISHED} is the published comparison, without control for learning-rate time",
-            f"settings {', '.join(LAW)} show the slopes over log2(lr) and log2(batch) added up, at equal steps: 0 if only the "
-            "ratio counts; they show no interaction",
-            "settings share the training of equal cells, so the wall time of a run may be that of reading a result",
+    @property
+    def middle(self) -> Point:
+        """The cell in the middle of the grid."""
+        given = self.model != BUILT_IN
+        rate, batch, steps = (2e-4 if self.lora else 2e-5, 8, 32) if given else (2e-3, 32, 48)
+        return Point(
+            rate if self.learning_rate is None else self.learning_rate,
+            batch if self.batch is None else self.batch,
+            steps if self.steps is None else self.steps,
         )
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Rows of each task: to train on as many as the largest cell passes at most twice; at most, in the other parts."""
+        largest = max(point.rows for point in grid(self.middle, self.factor))
+        return {"train": math.ceil(largest / PASSES), "validation": self.test_items, "test": self.test_items}
+
+    def check(self) -> None:
+        middle = self.middle
+        check_inputs(
+            self.model, self.dtype, self.lora, layers=self.layers, width=self.width, heads=self.heads, length=self.length,
+            pretraining=self.pretraining, batch=middle.batch, steps=middle.steps, test_items=self.test_items,
+        )  # fmt: skip
+        if middle.batch % SPREAD:
+            raise ValueError(
+                f"--batch must be a multiple of {SPREAD}: the grid has a quarter of it; not {middle.batch}"
+            )
+        if not 1 < self.factor <= 16:
+            raise ValueError(f"--factor must be above 1 and at most 16, not {self.factor}")
+        for name, rate in (("learning-rate", middle.learning_rate), ("pretraining-rate", self.pretraining_rate)):
+            if not rate > 0:
+                raise ValueError(f"--{name} must be > 0, not {rate}")
+        if middle.steps < max(SPREAD, self.factor**2):
+            raise ValueError(
+                f"--steps {middle.steps} leaves no step where the rules make runs {SPREAD} or {self.factor**2:g} times shorter"
+            )
+        if self.model == BUILT_IN and self.width % self.heads:
+            raise ValueError(f"--width {self.width} must be a multiple of --heads {self.heads}")
+        check_data(self)
+
+    def digests(self) -> Mapping[str, str]:
+        found = model_inputs(self.model, self.device)
+        if self.data:
+            from trialist.data.corpora import data_digest
+
+            found["data"] = " ".join(data_digest(name) for name in files(self.data))
+        return found
+
+    def remarks(self) -> tuple[str, ...]:
+        shared = "cells are trained once for all settings, so the wall time of a run may be that of reading a result"
+        if self.model == BUILT_IN:
+            return (shared,)
+        return (
+            shared,
+            f"the claim is read as: a higher ratio favours {task_names(self)[0]} over {' and '.join(task_names(self)[1:])}",
+            f"the null setting is left out: no two tasks of your data are known to gain alike from the ratio; {NULL} is for the "
+            "built-in decoder",
+        )
+
+    def readings(self) -> tuple[Any, ...]:
+        return effects.readings(task_names(self))
+
     def arms(self) -> Iterator[Arm]:
-        grid = {rule: self._points(rule) for rule in RULES}
-        together = list(dict.fromkeys(point for rule in RULES for point in grid[rule]))
-        for setting, tasks, chosen in (
-            (GIVEN, TASKS, together),
-            (PUBLISHED, TASKS, grid["equal-epochs"]),
-            ("equal-steps", TASKS, grid["equal-steps"]),
-            ("equal-lr-time", TASKS, grid["equal-lr-time"]),
-            *((law, (task,), grid["equal-steps"]) for law, task in LAW.items()),
-            (NULL, TWINS, grid["equal-steps"]),
-        ):
+        settings = [(MAIN, task_names(self))] + ([(NULL, UNEQUAL_TWINS)] if self.model == BUILT_IN else [])
+        for setting, tasks in settings:
             for task in tasks:
-                for point in chosen:
+                shared = {"task": task, "favoured": task == tasks[0]}
+                yield Arm(
+                    f"{task} before", "factor", setting, setting == NULL,
+                    options={**shared, **dataclasses.asdict(BEFORE), "rules": ""}, about="before fine-tuning",
+                )  # fmt: skip
+                for point, rules in grid(self.middle, self.factor).items():
                     yield Arm(
                         f"{task} lr {point.learning_rate:.3g} batch {point.batch} steps {point.steps}", "factor", setting,
-                        null=setting == NULL, options={"task": task, **dataclasses.asdict(point)},
+                        setting == NULL, options={**shared, **dataclasses.asdict(point), "rules": " ".join(rules)},
+                        about=", ".join(rules),
                     )  # fmt: skip
-
-    def _points(self, rule: str) -> list[Point]:
-        return list(
-            points(
-                rule, learning_rate=self.learning_rate, batch=self.batch, steps=self.steps, learning_rates=LEARNING_RATES,
-                factor=self.factor, spread=SPREAD,
-            )
-        )  # fmt: skip
 
     def run(self, arm: Arm, seed: int, context: Context) -> Outcome:
         point = Point(arm["learning_rate"], arm["batch"], arm["steps"])
-        inputs = self._inputs(seed)
-        base = context.stage("lr-batch-base", inputs, functools.partial(build_base, self, context))
+        base = None
+        if self.model == BUILT_IN:
+            base = context.stage("lr-batch-base", self._base_inputs(seed), functools.partial(build_base, self, context))
         build = functools.partial(build_cell, self, context, base, arm["task"], point)
         if context.keep_model:
             place = context.folder
@@ -175,139 +196,32 @@ class LearningRateBatchTrial(Trial):
             place.mkdir(parents=True, exist_ok=True)
             build(place)
         else:
-            place = context.stage("lr-batch-cell", (*inputs, arm["task"], *dataclasses.astuple(point)), build)
+            inputs = (*self._cell_inputs(seed), arm["task"], *dataclasses.astuple(point))
+            place = context.stage("lr-batch-cell", inputs, build)
         found = json.loads((place / "cell.json").read_text())
-        time = math.log2(found["lr_time"])
-        return Outcome(
-            metrics=found["metrics"],
-            cost=Cost(**found["cost"]),
-            diverged=found["diverged"],
-            covariates={
+        covariates = {}
+        if point.steps:
+            time = math.log2(found["lr_time"])
+            covariates = {
                 "log_lr": math.log2(point.learning_rate),
                 "log_batch": math.log2(point.batch),
                 "log_ratio": math.log2(point.learning_rate / point.batch),
                 "log_lr_time": time,
                 "log_lr_time_squared": time**2,
                 "lr_time": found["lr_time"],
-            },
+            }
+        return Outcome(
+            metrics=found["metrics"], cost=Cost(**found["cost"]), diverged=found["diverged"], covariates=covariates
         )
 
-    def _inputs(self, seed: int) -> tuple[Any, ...]:
-        """All inputs that a trained cell depends on apart from its place, models by content."""
-        left = {field.name for field in dataclasses.fields(self)} - {
-            "model", "device", "batch", "steps", "learning_rate", "factor",
-        }  # fmt: skip
-        return (
-            seed,
-            *model_inputs(self.model, self.device).values(),
-            *(getattr(self, name) for name in sorted(left)),
-        )
+    def _base_inputs(self, seed: int) -> tuple[Any, ...]:
+        """All that the built-in decoder before fine-tuning depends on."""
+        shape = (self.layers, self.width, self.heads, self.digits, self.hops, self.letters)
+        return (seed, *model_inputs(self.model, self.device).values(), *shape, self.pretraining, self.pretraining_rate,
+                self.dtype)  # fmt: skip
 
-    def symbols(self, context: Context) -> Symbols:
-        from trialist.data.instruction_tasks import Symbols
-
-        return Symbols(context.stream("tasks"), digits=self.digits, letters=self.letters, hops=self.hops)
-
-
-def build_base(trial: LearningRateBatchTrial, context: Context, folder: Path) -> None:
-    """Mixed text for a fresh decoder, or for the given model. Raises ValueError where that diverges."""
-    from trialist.data.instruction_tasks import MixedText
-
-    symbols = trial.symbols(context)
-    if trial.model == BUILT_IN:
-        model = new_decoder(
-            context, device=trial.device, hidden_size=trial.width, vocab_size=symbols.size, num_hidden_layers=trial.layers,
-            num_attention_heads=trial.heads, head_dim=trial.width // trial.heads,
-            layer_types=["full_attention"] * trial.layers, max_position_embeddings=symbols.longest,
-        )  # fmt: skip
-    else:
-        model = given_model(context, trial.model, device=trial.device, lora=0)
-    named, text = _ids(trial, model, symbols), MixedText(symbols, 64, symbols.longest)
-    here = dataclasses.replace(context, folder=folder, keep_model=False)
-    outcome, _ = train(
-        model.train(), lambda step: named(text(step)), here, steps=trial.pretraining, learning_rate=trial.pretraining_rate,
-        dtype=trial.dtype, evaluate=lambda _: {}, evaluations=1,
-    )  # fmt: skip
-    if outcome.diverged is not None:
-        raise ValueError(f"the base has diverged ({outcome.diverged}); lower --pretraining-rate")
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-    save(model, None, folder / "model")
-
-
-def build_cell(
-    trial: LearningRateBatchTrial, context: Context, base: Path, task: str, point: Point, folder: Path
-) -> None:
-    """Fine-tunes the base at a place of the grid; `cell.json` says what came of it."""
-    from trialist.data.instruction_tasks import Epochs
-    from trialist.models.loading import load_model
-    from trialist.optimizers import adamw
-
-    symbols = trial.symbols(context)
-    model = load_model(str(base / "model"), device=resolve_device(trial.device))
-    named, kind, draw = _ids(trial, model, symbols), task.removesuffix("-twin"), int(task.endswith("-twin"))
-    rows = symbols.rows(kind, trial.examples, "train", draw)  # type: ignore[arg-type]
-    batches = Epochs(rows, point.batch, context.stream("data_order"))
-    optimizer = adamw(model, point.learning_rate)
-    spent: list[float] = []
-    optimizer.register_step_pre_hook(lambda opt, *_: spent.append(opt.param_groups[0]["lr"]))
-    here = dataclasses.replace(context, folder=folder)
-    outcome, _ = train(
-        model.train(), lambda step: named(batches(step)), here, steps=point.steps, learning_rate=point.learning_rate,
-        dtype=trial.dtype, evaluate=lambda _: {}, evaluations=1, optimizer=optimizer,
-    )  # fmt: skip
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-    metrics: dict[str, float] = {}
-    if outcome.diverged is None:
-        model.eval()
-        test, validation = (
-            answered(model, named(symbols.rows(kind, trial.test_items, part, draw)))  # type: ignore[arg-type]
-            for part in ("test", "validation")
-        )
-        metrics = {"score": test[1], "greedy": test[0], "validation_score": validation[1]}
-    found = {
-        "metrics": metrics,
-        "cost": outcome.cost.as_dict(),
-        "diverged": outcome.diverged,
-        # a run that diverged before its first step has spent nothing, and a logarithm needs something
-        "lr_time": math.fsum(spent) or point.learning_rate,
-    }
-    (folder / "cell.json").write_text(json.dumps(found))
-
-
-def answered(model: Any, rows: Mapping[str, Any], at_once: int = 256) -> tuple[float, float]:
-    """Share of rows of whose answer every token is the most probable one, and the mean probability of the whole answer.
-
-    The first is what greedy generation gets right, the second what sampling gets right on average.
-    """
-    import torch
-
-    length = int((rows["labels"][0] >= 0).sum())
-    right: list[Any] = []
-    chance: list[Any] = []
-    with torch.no_grad():
-        for start in range(0, len(rows["labels"]), at_once):
-            ids, labels = rows["input_ids"][start : start + at_once], rows["labels"][start : start + at_once, -length:]
-            logits = (
-                model(input_ids=ids, logits_to_keep=length + 1, use_cache=False).logits[:, :-1].float()
-            )  # (B, n, V)
-            right.append((logits.argmax(-1) == labels).all(1))
-            chance.append(logits.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1).sum(1).exp())
-    return float(torch.cat(right).float().mean()), float(torch.cat(chance).mean())
-
-
-def _ids(trial: LearningRateBatchTrial, model: Any, symbols: Symbols) -> Any:
-    """Turns rows into the model's token ids, on its device; those of a given model are spread over its vocabulary."""
-    import torch
-
-    from trialist.trials._symbols import symbol_ids
-
-    size = symbols.size
-    ids = torch.arange(size) if trial.model == BUILT_IN else symbol_ids(model.config.vocab_size, size)
-
-    def named(rows: Mapping[str, Any]) -> dict[str, Any]:
-        found = {"input_ids": ids[rows["input_ids"]]}
-        labels = rows.get("labels", rows["input_ids"])  # of text every token counts
-        found["labels"] = ids[labels.clamp(min=0)].where(labels >= 0, labels)
-        return {name: tensor.to(model.device) for name, tensor in found.items()}
-
-    return named
+    def _cell_inputs(self, seed: int) -> tuple[Any, ...]:
+        """All that a trained cell depends on apart from its task and its place, models and data by content."""
+        left = {"model", "data", "device", "batch", "steps", "learning_rate", "factor"}
+        fields = sorted(field.name for field in dataclasses.fields(self) if field.name not in left)
+        return (seed, *self.digests().values(), *(getattr(self, name) for name in fields), *self.counts.values())
