@@ -3,9 +3,10 @@ second and peak memory.
 
 One call is a whole short run, the reference's log-probabilities included: TRL computes them in each step, ours before the
 first (and keeps them for other methods on the same pairs, which is not counted here). Ours projects only the answers'
-tokens and computes the prompt once for both answers; TRL without Triton (as on a CPU) projects all positions, also measures
-entropy and accuracy, and computes the prompt twice. So the first gain need not hold on a GPU. bf16 and gradient
-checkpointing, defaults of TRL, are off in both. Ours without prompt sharing shows what that part gives.
+tokens, packs sequences, and computes the prompt once for both answers where that takes fewer operations; TRL without Triton
+(as on a CPU) projects all positions, also measures entropy and accuracy, pads, and computes the prompt twice. So the first gain
+need not hold on a GPU. bf16 and gradient checkpointing, defaults of TRL, are off in both. Ours with prompts computed the
+other way, once where it chose twice, shows what the choice gives.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,15 +28,32 @@ from trialist.data.preferences import PreferencePair
 from trialist.data.tokenizers import byte_tokenizer
 from trialist.models.flops import flops_per_token
 from trialist.objectives import Preference
-from trialist.objectives.preference_rows import preference_row
+from trialist.objectives.preference_rows import preference_row, sharing_cost
 from trialist.optimizers import adamw
 from trialist.training import ObjectiveTrainer, reference_logprobs
 
-VOCABULARY, LONGEST, STEPS, PAIRS, RATE, BETA = 8192, 512, 3, 4, 1e-3, 0.1
-PROMPTS = {"long prompts": (256, 48), "long answers": (32, 128)}
-"""Work -> mean tokens of prompts and of answers"""
+VOCABULARY, LONGEST, STEPS, RATE, BETA = 8192, 4096, 3, 1e-3, 0.1
+
+
+class Pairs(NamedTuple):
+    """Of log-normal lengths."""
+
+    prompt: int
+    """Median tokens"""
+    answer: int
+    spread: float
+    """Standard deviation of the logarithm"""
+    batch: int = 4
+
+
+WORKS = {
+    "long prompts": Pairs(256, 48, 0.3),
+    "long answers": Pairs(32, 128, 0.3),
+    "answers of 1,000 tokens": Pairs(32, 1000, 0.1, batch=2),
+    "lengths as in HH-RLHF": Pairs(82, 29, 1.0),
+}
 REPEATS = 20
-OURS, APART, PEER = "preference", "preference, prompts computed twice", "trl.DPOTrainer"
+OURS, OTHER, PEER = "preference", "preference, prompts the other way", "trl.DPOTrainer"
 
 
 def model(seed: int = 0) -> LlamaForCausalLM:
@@ -49,21 +67,21 @@ def model(seed: int = 0) -> LlamaForCausalLM:
 
 
 def pairs(work: str) -> list[PreferencePair]:
-    """Random tokens; lengths are log-normal around the means."""
+    """Of random tokens."""
     draw = np.random.default_rng(0)
-    prompt, answer = PROMPTS[work]
+    prompt, answer, spread, batch = WORKS[work]
     made = []
-    for row in range(STEPS * PAIRS):
-        sizes = np.exp(draw.normal(0, 0.3, 3)) * (prompt, answer, answer)
+    for row in range(STEPS * batch):
+        sizes = np.exp(draw.normal(0, spread, 3)) * (prompt, answer, answer)
         made.append(PreferencePair(*(draw.integers(1, VOCABULARY, max(4, int(size))).tolist() for size in sizes), row))
     return made
 
 
-def options(folder: str) -> dict[str, Any]:
+def options(folder: str, batch: int) -> dict[str, Any]:
     return {
         "output_dir": folder,
         "max_steps": STEPS,
-        "per_device_train_batch_size": PAIRS,
+        "per_device_train_batch_size": batch,
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
         "report_to": "none",
@@ -74,21 +92,23 @@ def options(folder: str) -> dict[str, Any]:
     }
 
 
-def ours(work: str, share: bool) -> Callable[[], list[float]]:
-    trained, reference = model(), model(1)
+def ours(work: str, chosen: bool) -> Callable[[], list[float]]:
+    """chosen: with prompts computed as it would choose, else the other way."""
+    trained, reference, batch = model(), model(1), WORKS[work].batch
     rows = [preference_row(pair) for pair in pairs(work)]
+    share = (sharing_cost(trained, rows, batch) < 1) == chosen
     optimizer = adamw(trained, RATE)
     with tempfile.TemporaryDirectory() as folder:
         trainer = ObjectiveTrainer(
             trained,
-            TrainingArguments(**options(folder)),
-            objective=Preference("dpo", BETA, share_prompt=share),
+            TrainingArguments(**options(folder, batch)),
+            objective=Preference("dpo", beta=BETA, share_prompt=share),
             train_dataset=rows,
             optimizers=(optimizer, get_scheduler("linear", optimizer, 0, STEPS)),
         )
 
     def run() -> list[float]:
-        columns = reference_logprobs(reference, rows, batch=PAIRS, share_prompt=share)
+        columns = reference_logprobs(reference, rows, batch=batch, share_prompt=share)
         trainer.train_dataset = [{**row, "ref_logprobs": column} for row, column in zip(rows, columns, strict=True)]
         return _losses(trainer)
 
@@ -103,7 +123,9 @@ def theirs(work: str) -> Callable[[], list[float]]:
     optimizer = adamw(trained, RATE)
     rows = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs(work)]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = DPOConfig(**options(folder), bf16=False, gradient_checkpointing=False, beta=BETA, max_length=None)
+        arguments = DPOConfig(
+            **options(folder, WORKS[work].batch), bf16=False, gradient_checkpointing=False, beta=BETA, max_length=None
+        )
         trainer = DPOTrainer(
             trained,
             ref_model=model(1),
@@ -124,13 +146,13 @@ def _losses(trainer: Any) -> list[float]:
 
 def contenders(work: str) -> dict[str, Callable[[], list[float]]]:
     """Name -> a run that returns the losses of its steps."""
-    return {OURS: ours(work, True), APART: ours(work, False), PEER: theirs(work)}
+    return {OURS: ours(work, True), OTHER: ours(work, False), PEER: theirs(work)}
 
 
 def rows() -> list[Row]:
     found = []
     size = sum(parameter.numel() for parameter in model().parameters())
-    for work in PROMPTS:
+    for work in WORKS:
         runs = contenders(work)
         losses = {name: torch.tensor(run()) for name, run in runs.items()}
         for name in runs:
@@ -140,13 +162,13 @@ def rows() -> list[Row]:
         answers = sum(len(pair.chosen) + len(pair.rejected) for pair in data)
         result = compare(
             runs,
-            work=f"{work}: {STEPS} steps of {PAIRS} pairs, {prompts:,} tokens of prompts, {answers:,} of answers, "
+            work=f"{work}: {STEPS} steps of {WORKS[work].batch} pairs, {prompts:,} tokens of prompts, {answers:,} of answers, "
             f"{size / 1e6:.1f}M parameters, fp32",
             repeats=REPEATS,
-            limit=limit(size, prompts, answers),
+            limit=limit(size, prompts, answers, len(data)),
         )
         memory = {name: peak_memory("benchmarks.preference", work, name) for name in runs}
-        for name, target in ((OURS, 0.5), (APART, None)):
+        for name, target in ((OURS, 0.5), (OTHER, None)):
             row = result.row(name, PEER, at_most=target)
             speed = {
                 each: f"; {(prompts + answers) / result.median(each):,.0f} tokens/s, {memory[each]:.0f} MB"
@@ -158,10 +180,11 @@ def rows() -> list[Row]:
     return found
 
 
-def limit(size: int, prompts: int, answers: int) -> Limit:
-    """Policy forward and backward and reference forward: each token once through the body, answers through the head."""
+def limit(size: int, prompts: int, answers: int, pairs: int) -> Limit:
+    """Policy forward and backward and reference forward: each token once through the body, where it sees half of a prompt
+    and an answer on average, and answers through the head."""
     head = 2 * WIDTH * VOCABULARY
-    body = flops_per_token(model(), (prompts + answers) // (STEPS * PAIRS)) - head
+    body = flops_per_token(model(), max(1, round((prompts + answers / 2) / pairs / 2))) - head
     return Limit(flops=4 * (body * (prompts + answers) + head * answers), bytes=STEPS * 4 * size * 12)
 
 

@@ -1,9 +1,10 @@
 """Reward modelling against trl.RewardTrainer fed the exploded list of pairs: same anchors, order, optimizer, schedule and steps.
 
 An anchor with the answers of two donors has 15 pairs of 6 sequences. TRL scores both sequences of every pair, 30 of them; ours
-scores the 6. Two works: the nine pairs with a certain winner, which TRL trains with the same loss (asserted), and all fifteen, of
-which TRL takes the six ties for wins: the same work, another loss, so our own loss pair by pair stands in for the assertion.
-Gradient checkpointing and bf16, defaults of TRL, are off in both.
+scores the 6. Three works: the nine pairs with a certain winner, which TRL trains with the same loss (asserted), these with the
+lengths of HH-RLHF, long prompts and short answers of very different length, where padding is most of a micro-batch, and
+all fifteen, of which TRL takes the six ties for wins: the same work, another loss, so our own loss pair by pair stands in for the
+assertion. With one pair a prompt grouping saves nothing. Gradient checkpointing and bf16, defaults of TRL, are off in both.
 """
 
 from __future__ import annotations
@@ -27,12 +28,28 @@ from trialist.data.tokenizers import byte_tokenizer
 from trialist.models.flops import flops_per_token
 from trialist.optimizers import adamw
 
-VOCABULARY, LONGEST, STEPS, RATE = 8192, 512, 2, 1e-4
+VOCABULARY, LONGEST, STEPS, RATE = 8192, 1024, 2, 1e-4
 ANCHORS = 2  # in a step
 REPEATS = 20
 PAD = 258
 OURS, APART, TRL = "reward, grouped", "reward, pair by pair", "trl.RewardTrainer on exploded pairs"
-WORKS = {"nine certain pairs": False, "fifteen pairs with ties": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Tokens, log-normal: the logarithms of their medians, and the spread of the logarithm."""
+
+    prompt: float = 4.0
+    answer: float = 4.4
+    spread: float = 0.5
+    ties: bool = False
+
+
+WORKS = {
+    "nine certain pairs": Lengths(),
+    "nine certain pairs, lengths of HH-RLHF": Lengths(prompt=4.9, answer=3.4, spread=1.0),
+    "fifteen pairs with ties": Lengths(ties=True),
+}
 
 
 def model() -> LlamaForSequenceClassification:
@@ -45,21 +62,21 @@ def model() -> LlamaForSequenceClassification:
     return LlamaForSequenceClassification(config)
 
 
-def pairs_of(ties: bool) -> tuple[list[PreferencePair], list[float], list[int]]:
-    """Pairs, labels and anchors of random tokens; lengths as in chat data."""
+def pairs_of(work: Lengths) -> tuple[list[PreferencePair], list[float], list[int]]:
+    """Pairs, labels and anchors of random tokens."""
     draw = np.random.default_rng(0)
 
     def tokens(mean: float) -> list[int]:
-        length = int(np.clip(np.exp(draw.normal(mean, 0.5)), 8, LONGEST // 2 - 1))
+        length = int(np.clip(np.exp(draw.normal(mean, work.spread)), 8, LONGEST // 2 - 1))
         return [token for token in draw.integers(1, VOCABULARY, length).tolist() if token != PAD]
 
     pairs, labels, anchors = [], [], []
     for anchor in range(STEPS * ANCHORS):
-        prompt, answers = tokens(4.0), [tokens(4.4) for _ in range(6)]
+        prompt, answers = tokens(work.prompt), [tokens(work.answer) for _ in range(6)]
         for i in range(6):
             for j in range(i + 1, 6):
                 certain = i < 2  # the first two are the anchor's own
-                if certain or ties:
+                if certain or work.ties:
                     pairs.append(PreferencePair(prompt, answers[i], answers[j], len(pairs)))
                     labels.append(1.0 if certain else 0.5)
                     anchors.append(anchor)
@@ -74,17 +91,17 @@ def options(folder: str, batch: int, log: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ours(ties: bool, share: bool, *, log: bool = False) -> list[float]:
+def ours(work: Lengths, share: bool, *, log: bool = False) -> list[float]:
     from trialist.training.reward_trainer import RobustRewardTrainer
 
-    pairs, labels, anchors = pairs_of(ties)
+    pairs, labels, anchors = pairs_of(work)
     return _run(RobustRewardTrainer, group_pairs(pairs, labels, anchors=anchors, share=share), ANCHORS, log)
 
 
-def theirs(ties: bool, *, log: bool = False) -> list[float]:
+def theirs(work: Lengths, *, log: bool = False) -> list[float]:
     from trl import RewardTrainer
 
-    pairs, _, anchors = pairs_of(ties)
+    pairs, _, anchors = pairs_of(work)
     rows = [{"chosen_ids": [*p.prompt, *p.chosen], "rejected_ids": [*p.prompt, *p.rejected]} for p in pairs]
     return _run(RewardTrainer, rows, len(pairs) // len(set(anchors)) * ANCHORS, log)
 
@@ -110,23 +127,23 @@ def _run(kind: Any, rows: list[dict[str, Any]], batch: int, log: bool) -> list[f
 
 
 def contenders(work: str) -> dict[str, Callable[..., list[float]]]:
-    ties = WORKS[work]
+    lengths = WORKS[work]
     return {
-        OURS: functools.partial(ours, ties, True),
-        APART: functools.partial(ours, ties, False),
-        TRL: functools.partial(theirs, ties),
+        OURS: functools.partial(ours, lengths, True),
+        APART: functools.partial(ours, lengths, False),
+        TRL: functools.partial(theirs, lengths),
     }
 
 
 def rows() -> list[Row]:
     found = []
-    for work, ties in WORKS.items():
+    for work, lengths in WORKS.items():
         runs = contenders(work)
         losses = {name: torch.tensor(run(log=True)) for name, run in runs.items()}
         torch.testing.assert_close(losses[OURS], losses[APART], rtol=1e-4, atol=1e-4)
-        if not ties:
+        if not lengths.ties:
             torch.testing.assert_close(losses[OURS], losses[TRL], rtol=1e-4, atol=1e-4)
-        pairs, labels, anchors = pairs_of(ties)
+        pairs, labels, anchors = pairs_of(lengths)
         groups = group_pairs(pairs, labels, anchors=anchors)
         sequences = [sequence for group in groups for sequence in group["sequences"]]
         tokens = sum(map(len, sequences))
@@ -141,7 +158,7 @@ def rows() -> list[Row]:
         )
         memory = {name: peak_memory("benchmarks.reward", work, name) for name in runs}
         for peer in (TRL, APART):
-            row = result.row(OURS, peer, at_most=(0.4 if ties else 0.5) if peer == TRL else None)
+            row = result.row(OURS, peer, at_most=(0.4 if lengths.ties else 0.5) if peer == TRL else None)
             speed = {name: f"; {len(pairs) / result.median(name):,.1f} pairs/s, {memory[name]:.0f} MB" for name in runs}
             found.append(
                 dataclasses.replace(row, measured=row.measured + speed[OURS], against=row.against + speed[peer])

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 from trialist.analysis.registry import ANALYSES
 from trialist.cli._entries import load_entry
 from trialist.cli.main import VERBS, main
@@ -30,10 +33,14 @@ SECONDS = 60
 TRAINS = ("train", "eval", "generate", "serve", "search", "apply", "analyze")
 """Verbs whose work is done in this process and cannot be cut: only their parsing is tried"""
 ENTRIES = {
-    "apply": {name: TRANSFORMS[name] for name in ("selective-attention", "prune-context")},
-    "analyze": {name: ANALYSES[name] for name in ("context-memory",)},
+    "apply": {
+        name: TRANSFORMS[name] for name in ("selective-attention", "prune-context", "param-delta", "extract-delta")
+    },
+    "analyze": {name: ANALYSES[name] for name in ("context-memory", "param-delta")},
 }
-"""Of them, those that read a model first, which none of the junk is"""
+"""Of them, those that read a model first, which little of the junk is"""
+MODELS = ("model", "base_new", "post", "base")
+"""Options that name one"""
 TRIALS = ("coins", "dice", "selective-attention", "selective-recall")
 JUNK = (
     "", " ", "0", "-1", "1", "3", "2.5", "-0.5", "1e400", "-1e400", "nan", "inf", "9" * 40, "1e-320", "0x10", "1_000",
@@ -113,9 +120,8 @@ def cut(patch: Any, *, figures: bool) -> None:
     patch.setattr("trialist.engine.tuning.ship", lambda *_: "nowhere")
     patch.setattr("trialist.data.assets.fetch", refuse)
     if not figures:
-        patch.setattr(
-            "trialist.engine.report._figures", lambda *_: dict.fromkeys(("forest", "seeds", "curves")) | {"legend": []}
-        )
+        pictures = ("forest", "seeds", "curves", "ranges")
+        patch.setattr("trialist.engine.report._figures", lambda *_: dict.fromkeys(pictures))
     patch.setenv("COLUMNS", "100")
 
 
@@ -150,7 +156,7 @@ def call(arguments: Sequence[str]) -> Result:
 
 
 def furnish(folder: Path) -> None:
-    """What paths among the junk point to: good files, an empty one, a link to itself, a pipe that nobody writes to."""
+    """What paths among the junk point to: good files, an empty one, a link to itself, a pipe that nobody writes to, models."""
     (folder / "folder").mkdir()
     (folder / "good.txt").write_text("".join(f"Sentence number {n} of a text about nothing.\n\n" for n in range(400)))
     rows = [json.dumps({"id": n, "text": f"text {n} " * 9, "score": n % 2}) for n in range(40)]
@@ -158,6 +164,10 @@ def furnish(folder: Path) -> None:
     (folder / "empty.jsonl").write_text("")
     (folder / "loop").symlink_to("loop")
     os.mkfifo(folder / "pipe")
+    for number, name in enumerate(("base", "post")):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text('{"model_type": "one-matrix"}')
+        save_file({"w": torch.eye(3) + 0.01 * number}, folder / name / "model.safetensors")
 
 
 def option_set(chance: random.Random) -> list[str]:
@@ -231,10 +241,12 @@ def of_entry(chance: random.Random, verb: str) -> list[str]:
     name = chance.choice(list(ENTRIES[verb]))
     fields = {field.name: str(field.type) for field in dataclasses.fields(load_entry(ENTRIES[verb][name]))}
     arguments = [typo(chance, name) if chance.random() < 0.05 else name]
-    for field in dict.fromkeys(("model", "data", "output", *some(chance, list(fields), 5))):
+    wanted = [field for field in (*MODELS, "data", "output") if field in fields]
+    for field in dict.fromkeys((*wanted, *some(chance, list(fields), 5))):
         if chance.random() < 0.95:
             flag = "--" + field.replace("_", "-")
             value = fitting(chance, fields[field]) if chance.random() < 0.5 else chance.choice(NO_NUL)
+            value = chance.choice(("base", "post")) if field in MODELS and chance.random() < 0.8 else value
             arguments += [flag] if "bool" in fields[field] else [flag, value]
     return arguments
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from trialist.cli._entries import load_entry
 from trialist.cli.main import main
+from trialist.training.recipe import Recipe
 from trialist.training.recipes import RECIPES
 
 LOOKING_AROUND = """
@@ -56,6 +58,19 @@ def test_help_shows_every_option_with_a_sentence_and_its_default(capsys, name):
         assert option in words
         if field.default is not dataclasses.MISSING and isinstance(field.default, int | float):
             assert f"default: {field.default}" in words
+
+
+@pytest.mark.parametrize("name", ["sft", "preference", "reward", "rlvr"])
+def test_help_shows_what_must_be_given_then_what_is_the_recipes_own_then_the_rest(capsys, name):
+    _, out, _ = call(capsys, "train", name, "--help")
+    shown = re.findall(r"^. --(?:no-)?([a-z-]+)", out, flags=re.MULTILINE)
+    fields = dataclasses.fields(load_entry(RECIPES[name]))
+    common = {field.name.replace("_", "-") for field in dataclasses.fields(Recipe)}
+    assert sorted(shown) == sorted(field.name.replace("_", "-") for field in fields)
+    assert shown[:3] == ["model", "data", "output"]
+    own = [option for option in shown[3:] if option not in common]
+    assert shown[3 : 3 + len(own)] == own
+    assert own
 
 
 @dataclasses.dataclass(frozen=True)

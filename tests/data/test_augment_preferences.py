@@ -30,6 +30,10 @@ def rows_of(count: int, prompts: int | None = None) -> list[dict]:
     ]
 
 
+def said(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
 def whole(rows, **options):
     return augment_preferences(rows, **{"sample_fraction": 1.0, **options})
 
@@ -134,6 +138,10 @@ def test_the_order_of_the_rows_does_not_matter():
     shuffled = random.Random(5).sample(rows, len(rows))
     for options in ({}, {"sample_fraction": 0.5}, {"num_donors": 1, "seed": 4}):
         assert contents(whole(rows, **options)) == contents(whole(shuffled, **options))
+    crowded = [{**row, "prompt": "common" if n < 20 else f"rare {n}"} for n, row in enumerate(rows_of(29))]
+    shuffled = random.Random(3).sample(crowded, len(crowded))
+    for options in ({}, {"avoid_similar": True}):
+        assert contents(whole(crowded, **options)) == contents(whole(shuffled, **options))
 
 
 def test_the_seed_decides_donors_and_sample():
@@ -167,9 +175,6 @@ def test_a_tie_among_original_rows_stays_one_and_its_answers_still_beat_those_of
 
 
 def test_a_donor_of_a_long_conversation_gives_its_last_turn_and_system_messages_stay_with_the_prompt():
-    def said(role, text):
-        return {"role": role, "content": text}
-
     rows = [
         {
             "prompt": [said("system", f"rule {n}"), said("user", f"question {n}")],
@@ -189,19 +194,122 @@ def test_a_donor_of_a_long_conversation_gives_its_last_turn_and_system_messages_
                 assert pair[name][0]["content"] in (f"good {pair[f'{name}_index']}", f"bad {pair[f'{name}_index']}")
 
 
+def test_the_number_of_turns_tells_no_own_answer_from_a_donated_one():
+    rows = [
+        {
+            "prompt": [said("user", f"question {n}")],
+            "chosen": [said("assistant", f"a {n}"), said("user", "more"), said("assistant", f"b {n}")],
+            "rejected": [said("assistant", f"c {n}"), *([said("user", "more"), said("assistant", f"d {n}")] * (n % 2))],
+        }
+        for n in range(8)
+    ]
+    told: list[str] = []
+    made = whole(rows, say=told.append)
+    added = [pair for pair in made if pair["pair_type"] != "original"]
+    assert {len(pair[name]) for pair in added for name in ("chosen", "rejected")} == {1}
+    assert collections.Counter(pair["pair_type"] for pair in made) == {
+        "original": 8,
+        "non_contextual": 16,
+        "neutral": 48,
+    }
+    assert told == [
+        "in 48 of 120 pairs the row's own answer has several turns, which would tell it from an answer of another row: left out"
+    ]
+
+
+def test_turns_that_both_answers_begin_with_belong_to_the_prompt():
+    talks = [
+        {
+            "prompt": [said("user", f"question {n}")],
+            "chosen": [said("assistant", f"a {n}"), said("user", "more"), said("assistant", f"b {n}")],
+            "rejected": [said("assistant", f"a {n}"), said("user", "more"), said("assistant", f"c {n}")],
+        }
+        for n in range(4)
+    ]
+    dialogues = [
+        {
+            "prompt": f"\n\nHuman: question {n}\n\nAssistant:",
+            "chosen": f" a {n}\n\nHuman: more\n\nAssistant: b {n}",
+            "rejected": f" a {n}\n\nHuman: more\n\nAssistant: c {n}",
+        }
+        for n in range(4)
+    ]
+    for rows in (talks, dialogues):
+        told: list[str] = []
+        made = whole(rows, say=told.append)
+        assert len(made) == 60
+        assert not told
+        for pair in made:
+            row = rows[pair["source_index"]]
+            if pair["pair_type"] == "original":
+                assert all(pair["prompt"] + pair[name] == row["prompt"] + row[name] for name in ("chosen", "rejected"))
+            if isinstance(pair["prompt"], list):
+                assert [m["role"] for m in pair["prompt"]] == ["user", "assistant", "user"]
+                assert len(pair["chosen"]) == len(pair["rejected"]) == 1
+            else:
+                assert pair["prompt"].endswith(" more\n\nAssistant:")
+                assert "Human" not in pair["chosen"] + pair["rejected"]
+
+
+def test_an_original_pair_keeps_all_columns_and_added_ones_those_of_their_prompt():
+    rows = [
+        {**row, "margin": 2.0 + n, "id": f"r{n}", "tools": '[{"name": "t"}]', "chat_template_kwargs": {"think": False}}
+        for n, row in enumerate(rows_of(4))
+    ]
+    for pair in whole(rows):
+        row = rows[pair["source_index"]]
+        assert (pair["tools"], pair["chat_template_kwargs"]) == (row["tools"], row["chat_template_kwargs"])
+        own = {"margin": row["margin"], "id": row["id"]} if pair["pair_type"] == "original" else {}
+        assert {name: pair[name] for name in ("margin", "id") if name in pair} == own
+
+
+def test_an_answer_is_tokenized_once_however_many_pairs_it_is_in():
+    from trialist.data.preferences import encode_preferences
+    from trialist.data.tokenizers import byte_tokenizer
+
+    class Counting:
+        def __init__(self):
+            self.tokenizer, self.texts = byte_tokenizer(), []
+
+        def __getattr__(self, name):
+            return getattr(self.tokenizer, name)
+
+        def __call__(self, texts, **options):
+            self.texts += texts
+            return self.tokenizer(texts, **options)
+
+    tokenizer, rows = Counting(), whole(rows_of(5))
+    pairs, _ = encode_preferences(rows, tokenizer, max_length=90)
+    assert len(pairs) == 75
+    assert len(tokenizer.texts) == len(set(tokenizer.texts)) == 5 * 7  # a prompt alone, and with six answers
+
+
+def test_rows_that_are_not_named_neither_get_answers_nor_give_them():
+    rows, among = rows_of(9), [1, 3, 4, 8]
+    made = whole(rows, among=among)
+    for name in ("source_index", "chosen_index", "rejected_index"):
+        assert {pair[name] for pair in made} == set(among)
+    assert contents(made) == contents(whole([rows[index] for index in among]))
+    assert all(pair["prompt"] == rows[pair["source_index"]]["prompt"] for pair in made)
+
+
 def test_a_donor_of_a_dialogue_in_one_string_gives_what_the_assistant_said_last():
     assert final_turn(" Yes.\n\nHuman: why?\n\nAssistant: So it is.") == " So it is."
     assert final_turn(" Yes.\n\nHuman: why?\n\nAssistant: So.\n\nHuman: and?") == " So."
     assert final_turn(" Just an answer.") == " Just an answer."
 
 
-def test_answers_with_the_same_words_are_not_compared():
+def test_answers_with_the_same_words_are_not_compared_and_counted():
     rows = rows_of(5)
     rows[0]["rejected"] = rows[1]["rejected"] = rows[2]["rejected"] = "I cannot help"
     rows[3]["rejected"] = " I  cannot help\n"
-    made = whole(rows)
+    said: list[str] = []
+    made = whole(rows, say=said.append)
     assert all(" ".join(p["chosen"].split()) != " ".join(p["rejected"].split()) for p in made)
     assert len(made) < 75
+    assert said == [f"{75 - len(made)} of 75 pairs have the same words in both answers: left out"]
+    assert whole(rows_of(5), say=said.append)
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize(
@@ -213,10 +321,11 @@ def test_answers_with_the_same_words_are_not_compared():
         (rows_of(4), {"sample_fraction": 0.0}, "sample_fraction must be above 0 and at most 1, not 0.0"),
         (rows_of(4), {"include": ("neutrals",)}, "'neutrals' is no kind of pair; choose from original, non_contextual"),
         ([*rows_of(4), {**rows_of(1)[0], "label_prob": 1.5}], {}, "row 5: label_prob is 1.5"),
+        ([*rows_of(4), {**rows_of(1)[0], "label_prob": "0.5"}], {}, "row 5: label_prob is '0.5'"),
         ([*rows_of(4), {**rows_of(1)[0], "pair_type": "neutral"}], {}, "row 5 has a pair_type .* augmented already"),
         ([{"prompt": "a", "chosen": "b"}], {}, "rejected"),
     ],
-    ids=["few prompts", "one prompt", "donors", "fraction", "kind", "label", "twice", "no rejected"],
+    ids=["few prompts", "one prompt", "donors", "fraction", "kind", "label", "no number", "twice", "no rejected"],
 )
 def test_what_cannot_work_is_said(rows, options, message):
     with pytest.raises(ValueError, match=message):

@@ -184,7 +184,7 @@ BAD_MESSAGES = {
     ),
     "picture": ([{"role": "user", "content": [{"type": "image"}]}], "message 1: only text is learnt"),
     "no assistant": (TALK[:2], "no message of the assistant to learn from"),
-    "empty answer": ([TALK[1], {"role": "assistant", "content": ""}], "'messages, message 2' is empty"),
+    "empty answer": ([TALK[1], {"role": "assistant", "content": ""}], "'messages', message 2 is empty"),
 }
 
 
@@ -212,6 +212,17 @@ def test_a_conversation_that_the_template_rejects_is_named(chat):
     chat.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match=r"row 1: .*roles must alternate.*; roles are system, user"):
         encode(chat, {"messages": TALK})
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["prefixes", "marks"])
+def test_tools_and_values_of_a_row_reach_the_template(chat, template):
+    chat.chat_template = "{% for t in tools %}[{{ t['name'] }}]{% endfor %}{{ brief }}" + template
+    row = {"messages": TALK[1:3], "tools": '[{"name": "f"}]', "chat_template_kwargs": {"brief": "short"}}
+    (example,) = encode(chat, row).rows
+    assert chat.decode(example["input_ids"]).startswith("[f]short<|im_start|>user")
+    assert learnt(chat, example) == ["4<|im_end|>"]
+    with pytest.raises(ValueError, match="row 1: 'tools' is a string that is no JSON"):
+        encode(chat, {**row, "tools": "f"})
 
 
 def test_the_format_is_told_from_the_columns(tmp_path):

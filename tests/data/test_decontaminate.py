@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pyarrow.parquet
 import pytest
 
 from trialist.data import subset
-from trialist.data.decontaminate import Decontaminate
+from trialist.data.decontaminate import Decontaminate, decontaminate
 from trialist.data.files import cut_text
+from trialist.data.scanner import Scanner
 
 QUESTION = "How many apples does Ann have after she gives four of her nine apples away?"
 OTHER = "A train leaves the station at noon and a second one follows it an hour later"
@@ -58,6 +60,7 @@ def test_rows_that_match_are_gone_and_the_others_keep_their_bytes(here):
     ]  # fmt: skip
     assert (record["rows"], record["removed"], record["removed by benchmark"]) == (5, 2, {"items.jsonl": 2})
     assert (record["settings"]["n"], record["settings"]["coverage"]) == (8, 0.5)
+    assert record["digest"] == f"sha256:{hashlib.sha256(lines_of(ROWS, end='')).hexdigest()}"
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "b.json", "a.parquet"])
@@ -83,7 +86,7 @@ def test_every_format_is_kept(here, monkeypatch, name):
         assert found == expected
 
 
-@pytest.mark.parametrize("rule", ["tulu3", "any", "longest", "union"])
+@pytest.mark.parametrize("rule", ["tulu3", "any", "whole", "longest", "union"])
 def test_the_neutral_setting_writes_the_same_bytes(here, rule):
     Path("folder/sub").mkdir(parents=True)
     Path("folder/a.jsonl").write_bytes(lines_of(ROWS))
@@ -108,6 +111,23 @@ def test_of_a_folder_each_file_loses_its_own_rows(here):
     assert [row["row"] for row in record["removed rows"]] == ["a.jsonl line 3", "a.jsonl line 9", "c.txt"]
 
 
+def test_columns_of_the_data_stand_behind_a_colon(here):
+    Path("train.jsonl").write_bytes(lines_of([{"text": CLEAN, "answer": QUESTION}, {"text": OTHER, "answer": CLEAN}]))
+    record = clean("train.jsonl:answer", "clean.jsonl")
+    assert [row["item"] for row in record["removed rows"]] == ["apples"]
+    assert record["data"] == "train.jsonl:answer"
+
+
+def test_files_of_other_splits_are_named_and_not_written(here):
+    Path("folder/sub").mkdir(parents=True)
+    for name in ("train.jsonl", "test.jsonl", "sub/card.html"):
+        Path("folder", name).write_bytes(lines_of(ROWS))
+    shown = Decontaminate(data="folder", benchmarks=("items.jsonl",), output="clean")(say=lambda _: None)
+    assert shown["left out"] == "sub/card.html, test.jsonl: neither looked at nor written"
+    assert json.loads(Path("clean.removed.json").read_text())["not looked at"] == ["sub/card.html", "test.jsonl"]
+    assert [path.name for path in Path("clean").iterdir()] == ["train.jsonl"]
+
+
 def test_of_a_text_the_matching_piece_is_gone(here):
     text = "".join(
         f"\n\n{(QUESTION if number == 7 else CLEAN)} paragraph {number} {'and more words ' * 140}"
@@ -126,11 +146,11 @@ def test_a_saved_data_set_stays_one(here):
 
 
 def test_a_hub_data_set_becomes_a_folder_or_a_file(here, monkeypatch):
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *_: datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))
-    )
-    clean("owner/name", "clean")
-    clean("owner/name", "clean.jsonl")
+    table = datasets.Dataset.from_list(ROWS)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(train=table, test=table.select([0])))
+    monkeypatch.setattr("trialist.data.corpora._hub_commit", lambda _: "0123")
+    assert clean("owner/name", "clean")["digest"] == "hub:owner/name@0123"
+    assert clean("owner/name", "clean.jsonl")["not looked at"] == ["split test"]
     kept = [ROWS[0], ROWS[2], ROWS[3]]
     assert datasets.load_from_disk("clean").to_list() == kept
     assert [json.loads(line) for line in Path("clean.jsonl").read_text().splitlines()] == kept
@@ -178,6 +198,7 @@ def test_what_is_kept_is_clean_by_the_same_rule(here):
         ({"common": 0.0}, "--common is a share above 0"),
         ({"words": "tokens"}, "--words tokens and --tokenizer MODEL go together"),
         ({"max_items": 0}, "--max-items must be at least 1"),
+        ({"rule": "whole", "coverage": 0.7}, r"--coverage 0\.7 says nothing where the rule is whole"),
     ],
 )
 def test_bad_input_is_named_and_leaves_nothing(here, given, message):
@@ -196,35 +217,63 @@ def test_bad_input_is_named_and_leaves_nothing(here, given, message):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("data", ["train.jsonl", "folder"])
-def test_an_interruption_while_writing_leaves_nothing(here, monkeypatch, error, data):
+@pytest.mark.parametrize("at", ["copying", "first file", "second file"])
+def test_an_interruption_leaves_nothing_but_what_the_next_run_goes_on_from(here, monkeypatch, error, data, at):
     Path("folder").mkdir()
     for name in ("train.jsonl", "folder/a.jsonl", "folder/b.jsonl"):
         Path(name).write_bytes(lines_of(ROWS))
-    whole = subset._copy
-    seen = []
+    output = "clean" if data == "folder" else "clean.jsonl"
+    place = (subset, "_copy") if at == "copying" else (subset.os, "replace")
+    whole, calls = getattr(*place), []
 
     def stop(*given, **more):
-        seen.append(whole(*given, **more))
-        raise error
+        if str(given[1]) not in (output, f"{output}.removed.json") and at != "copying":
+            return whole(*given, **more)
+        calls.append(given)
+        if len(calls) == (2 if at == "second file" else 1):
+            raise error
+        return whole(*given, **more)
 
-    monkeypatch.setattr(subset, "_copy", stop)
     before = sorted(here.rglob("*"))
-    with pytest.raises(error):
-        clean(data, "clean" if data == "folder" else "clean.jsonl")
-    assert seen
-    assert sorted(here.rglob("*")) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, stop)
+        with pytest.raises(error):
+            clean(data, output)
+    assert {path.relative_to(here).parts[0] for path in set(here.rglob("*")) - set(before)} == {f"{output}.scanned"}
+    lines: list[str] = []
+    Decontaminate(data=data, output=output, benchmarks=("items.jsonl",))(say=lines.append)
+    assert f"{data}: 1 of 1 shards were scanned before" in lines
+    assert not Path(f"{output}.scanned").exists()
 
 
-def test_data_that_change_meanwhile_are_refused(here, monkeypatch):
+@pytest.mark.parametrize("change", ["shorter", "other order"])
+@pytest.mark.parametrize("when", ["scanned", "copied"])
+def test_data_that_change_meanwhile_are_refused(here, monkeypatch, change, when):
     Path("train.jsonl").write_bytes(lines_of(ROWS))
-    whole = Decontaminate._scan
+    place = (Scanner, "scan") if when == "scanned" else (subset, "write_without")
+    whole = getattr(*place)
 
-    def scan_and_change(self, *given):
-        scan = whole(self, *given)
-        Path("train.jsonl").write_bytes(lines_of(ROWS[:4]))
-        return scan
+    def and_change(*given, **more):
+        result = whole(*given, **more)
+        Path("train.jsonl").write_bytes(lines_of(ROWS[:4] if change == "shorter" else ROWS[::-1]))
+        return result
 
-    monkeypatch.setattr(Decontaminate, "_scan", scan_and_change)
-    with pytest.raises(ValueError, match=r"train\.jsonl changed while it was read: it had 5 rows, then 4"):
+    monkeypatch.setattr(*place, and_change)
+    with pytest.raises(ValueError, match=r"train\.jsonl changed while it was read; nothing was written"):
         clean("train.jsonl", "clean.jsonl")
-    assert not Path("clean.jsonl").exists()
+    assert not list(here.glob("clean*"))
+
+
+def test_a_data_set_in_memory_loses_the_same_rows_as_its_file(here):
+    Path("train.jsonl").write_bytes(lines_of(ROWS))
+    from_file = clean("train.jsonl", "clean.jsonl")
+    rows = datasets.Dataset.from_list(ROWS)
+    kept, record = decontaminate(rows, ["items.jsonl"])
+    assert kept.to_list() == [json.loads(line) for line in Path("clean.jsonl").read_text().splitlines() if line]
+    assert [row["row"] for row in record["removed rows"]] == ["train row 2", "train row 5"]
+    assert record["removed by benchmark"] == from_file["removed by benchmark"]
+    exam = datasets.Dataset.from_list([{"question": OTHER}])
+    assert decontaminate(rows, {"exam": exam})[1]["removed by benchmark"] == {"exam": 1}
+    assert decontaminate(rows, {"exam": exam}, coverage=1.0)[0].to_list() == ROWS
+    with pytest.raises(ValueError, match="a benchmark is called 'train'"):
+        decontaminate(rows, {"train": exam})

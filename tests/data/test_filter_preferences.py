@@ -91,3 +91,10 @@ def test_apply_writes_what_is_kept_and_counts_it(tmp_path):
         FilterPreferences(
             str(source), str(tmp_path / "none.jsonl"), columns="chosen_reward=better", min_gap=1.0, filter_original=True
         )()
+
+
+@pytest.mark.parametrize("label", ["high", 1.5, True])
+def test_a_label_that_is_no_probability_is_named_with_its_row(label):
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "label_prob": value} for value in (0.5, label)]
+    with pytest.raises(ValueError, match=f"row 2: label_prob is {label!r}; a probability is a number from 0 to 1"):
+        filter_by_reward_model(rows, lambda some: [(1.0, 0.0)] * len(some))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from trialist.data import overlap
 from trialist.data.benchmark_items import Items
 from trialist.data.overlap import OverlapIndex
 from trialist.data.scan import Rule, Scan, scan_rows
+from trialist.data.scan_state import load_scan, save_scan
 from trialist.data.streams import Place, RowTexts
 from trialist.data.tokenizers import byte_tokenizer
 from trialist.data.words import TokenWords, Words
@@ -56,27 +58,43 @@ def covered(words: list[str], n: int, found: set[tuple[str, ...]]) -> list[bool]
     return marks
 
 
-def naive(items: Items, rows: list[Row], n: int) -> dict[str, dict[str, object]]:
-    """For each item: best coverage and longest run over rows, coverage by all rows, number of rows that share an n-gram."""
+def naive(items: Items, rows: list[Row], n: int, gone: frozenset[tuple[str, ...]] = frozenset()) -> dict[str, dict]:
+    """For each item: best coverage and longest run over rows, coverage by all rows, number of rows that share an n-gram.
+
+    gone: n-grams that do not count.
+    """
     texts = [[split(text) for text in row] for row in rows]
     sizes = {min(n, len(split(field))) for fields in items.texts for field in fields} - {0}
-    found = [set().union(*(grams(words, size) for words in row for size in sizes), set()) for row in texts]
+    found = [set().union(*(grams(words, size) for words in row for size in sizes), set()) - gone for row in texts]
     result = {}
     everything = set().union(*found, set())
     for name, fields in zip(items.ids, items.texts):
         words = [split(field) for field in fields if split(field)]
         marks = [[covered(field, n, here) for field in words] for here in found]
-        shares = [sum(sum(m) / len(m) for m in row) / len(words) if words else 0.0 for row in marks]
-        runs = [sum(longest_run(m) / len(m) for m in row) / len(words) if words else 0.0 for row in marks]
-        union = sum(sum(m) / len(m) for m in (covered(f, n, everything) for f in words)) / len(words) if words else 0.0
+        left = [sum(covered(field, n, grams(field, min(n, len(field))) - gone)) for field in words]
+        shares = [of_item(words, [sum(m) for m in row], left, n) for row in marks]
+        runs = [of_item(words, [longest_run(m) for m in row], left, n) for row in marks]
+        union = of_item(words, [sum(covered(field, n, everything)) for field in words], left, n)
         result[name] = {
             "coverage": max(shares, default=0.0),
             "longest": max(runs, default=0.0),
             "union": union,
             "sharing": sum(share > 0 for share in shares),
             "exceeding": sum(share > 0.5 for share in shares),
+            "left": sum(count for count, field in zip(left, words) if len(field) >= n),
         }
     return result
+
+
+def of_item(words: list[list[str]], covered: list[int], left: list[int], n: int) -> float:
+    """The mean over fields; a short one has the mean of the others where it is found, and 1 where there are none but such."""
+    long = [at for at, field in enumerate(words) if len(field) >= n and left[at]]
+    short = [at for at, field in enumerate(words) if len(field) < n]
+    if not long:
+        return sum(covered[at] > 0 for at in short) / len(words) if len(short) == len(words) > 0 else 0.0
+    shares = [covered[at] / left[at] for at in long]
+    shares += [sum(shares) / len(long) if covered[at] else 0.0 for at in short]
+    return sum(shares) / len(shares)
 
 
 def longest_run(marks: list[bool]) -> int:
@@ -126,6 +144,26 @@ def test_every_measure_is_that_of_sets_of_tuples(backend, bits, monkeypatch):
                 assert scan.exceeding[at] == expected["exceeding"], (seed, name)
             partly += 0 < expected["coverage"] < 1  # type: ignore[operator]
     assert partly > 25
+
+
+def test_shares_are_of_the_words_that_are_left_when_ngrams_are_ignored():
+    partly = 0
+    for seed in range(20):
+        items, rows, n = random_case(seed)
+        ignored = [
+            " ".join(split(field)[: n + 2]) for fields in items.texts[:4] for field in fields if len(split(field)) >= n
+        ]
+        gone = frozenset().union(*(grams(split(text), n) for text in ignored))
+        scan = scanned(items, rows, n=n, ignored=ignored)
+        for at, (name, expected) in enumerate(naive(items, rows, n, gone).items()):
+            assert scan.coverage[at] == pytest.approx(expected["coverage"]), (seed, name)
+            assert scan.longest[at] == pytest.approx(expected["longest"]), (seed, name)
+            assert scan.index.item_left[at] == expected["left"], (seed, name)
+            assert scan.index.item_ignored[at] == (
+                expected["left"] == 0 and any(len(split(field)) >= n for field in items.texts[at])
+            )
+            partly += 0 < expected["left"] < scan.index.item_words[at] and expected["coverage"] > 0
+    assert partly > 10
 
 
 def test_brute_force_over_two_hundred_items_and_rows_gives_the_same():
@@ -189,30 +227,41 @@ def test_the_threshold_is_strict_and_at_one_nothing_is_contaminated():
         assert not scan.found
 
 
-def test_the_order_and_the_portions_of_rows_change_nothing():
+def test_the_order_the_portions_and_the_merging_of_rows_change_nothing(tmp_path):
     items, rows, n = random_case(3)
     rows += rows[::-1]
     places = [Place("train.jsonl", number) for number in range(len(rows))]
     results = []
-    for seed in range(4):
+    index, rule = OverlapIndex([items], n), Rule("tulu3", 0.3)
+    for seed in range(6):
         order = list(range(len(rows)))
         random.Random(seed).shuffle(order)
-        scan = Scan(OverlapIndex([items], n), Rule("tulu3", 0.3), list_rows=True)
-        size = (1, 3, 100, 100)[seed]
+        scan = Scan(index, rule, list_rows=True)
+        size = (1, 3, 100, 100, 7, 11)[seed]
         for start in range(0, len(order), size):
             part = order[start : start + size]
-            scan.add([places[at] for at in part], [rows[at] for at in part])
+            there = scan if seed < 4 else Scan(index, rule, list_rows=True)
+            there.add([places[at] for at in part], [rows[at] for at in part])
+            if seed == 4:
+                scan.merge(there)
+            elif seed == 5:
+                save_scan(there, tmp_path / "part.npz")
+                scan.merge(load_scan(tmp_path / "part.npz", index, rule, list_rows=True))
         found = sorted((row.place, row.item, row.share, row.excerpt) for row in scan.found)
         results.append(
             (
+                (scan.rows, scan.empty, scan.characters, scan.rows_sharing, scan.rows_contaminating),
                 scan.coverage.tolist(),
                 scan.longest.tolist(),
                 scan.sharing.tolist(),
+                scan.exceeding.tolist(),
+                scan.frequency.tolist(),
+                scan.union().tolist(),
                 dict(sorted(scan.matches.items())),
                 found,
             )
         )
-    assert results[0][4]
+    assert results[0][-1]
     assert all(result == results[0] for result in results)
 
 
@@ -223,12 +272,39 @@ def test_turns_and_fields_are_not_joined():
     assert scanned(items_of("a b c d e f g h"), [["a b c d e f g h", "x"]]).coverage.tolist() == [1.0]
 
 
-def test_fields_are_averaged_and_a_short_one_counts_where_it_stands_whole():
+def test_fields_are_averaged_and_a_short_one_that_is_found_has_the_share_of_the_others():
     passage, question = "p q r s t u v w x y", "is it so"
     item = items_of((passage, question), (passage, ""), ("", ""))
     assert scanned(item, [[passage]]).coverage.tolist() == [0.5, 1.0, 0.0]
     assert scanned(item, [[passage, "but is it so now"]]).coverage.tolist() == [1.0, 1.0, 0.0]
     assert scanned(item, [[passage], ["is it so"]]).coverage.tolist() == [0.5, 1.0, 0.0]
+    assert scanned(item, [["p q r s t u v w", "is it so"]]).coverage.tolist() == [0.8, 0.8, 0.0]
+
+
+@pytest.mark.parametrize("name", ["tulu3", "any", "whole", "longest", "union"])
+def test_a_short_field_contaminates_nothing_by_itself(name):
+    passage = " ".join(f"p{number}" for number in range(300))
+    items = items_of((passage, "Why?"))
+    scan = scanned(items, [["Explain why the sky is blue."]], Rule(name))
+    assert not scan.contaminated().any()
+    assert (scan.rows_sharing, scan.sharing.tolist(), scan.found, scan.matches) == (0, [0], [], {})
+    scan = scanned(items, [["Why is it that " + " ".join(f"p{number}" for number in range(8))]], Rule(name))
+    assert scan.contaminated().tolist() == [name == "any"]
+    assert (scan.rows_sharing, scan.sharing.tolist()) == (1, [1])
+    assert scanned(items, [[f"{passage} Why?"]], Rule(name)).contaminated().all()
+
+
+def test_whole_items_stand_word_for_word_in_one_row():
+    item = items_of("a b c d e f g h i j", ("the passage of the item is this one", "is it so"), "a b a b a")
+    rows = [["x A b, c d e f g h i j y"], ["the passage of the item is this one"], ["Is it so?"]]
+    scan = scanned(item, rows, Rule("whole"))
+    assert scan.contaminated().tolist() == [True, False, False]
+    assert [row.place.number for row in scan.found] == [1]
+    assert scanned(item, [[" ".join(rows[1] + rows[2])]], Rule("whole")).contaminated().tolist() == [False, True, False]
+    assert scanned(item, [["a b a b a"]], Rule("whole", short="count"), short="count").contaminated()[2]
+    # every pair of words is there, in pieces
+    scan = scanned(items_of("a b c d e"), [["b c d a b c", "c d e"], ["a b c d e"]], Rule("whole"), n=3)
+    assert (scan.coverage.tolist(), [row.place.number for row in scan.found]) == ([1.0], [2])
 
 
 def test_short_and_empty_items_are_told_apart_and_stay_in_the_denominator():
@@ -272,8 +348,23 @@ def test_ignored_and_common_ngrams_do_not_count():
     assert scanned(items, own, Rule("any"), common=0.5).contaminated().tolist() == [False, True, False]
     two = [items_of(f"{header} q"), items_of(f"{header} r", name="other")]
     assert scanned(two, rows, Rule("any"), common=0.5).contaminated().all()  # one item each: a template of neither
+    short = items_of("one of the", header)
+    assert scanned(short, [["take one of the books"]], ignored=[header]).found_short().tolist() == [True, False]
     with pytest.raises(ValueError, match=r"ignored text 2 \('too short'\) has 2 words, fewer than n = 8"):
         OverlapIndex([items], ignored=[header, "too short"])
+
+
+@pytest.mark.parametrize("given", [{"common": 0.2}, {"ignored": [" ".join(f"t{number}" for number in range(30))]}])
+def test_without_its_template_a_copy_still_covers_all_of_an_item(given):
+    template = " ".join(f"t{number}" for number in range(30))
+    items = items_of(*(f"{template} {' '.join(f'q{k}x{number}' for number in range(15))}" for k in range(7)), template)
+    scan = scanned(items, [list(items.texts[3])], Rule("tulu3"), **given)
+    assert scan.coverage.tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+    assert scan.contaminated().tolist() == [number == 3 for number in range(8)]
+    assert scan.index.item_left.tolist() == [22] * 7 + [
+        0
+    ]  # the last seven words of the template begin n-grams of the item
+    assert scan.index.item_ignored.tolist() == [False] * 7 + [True]
 
 
 def test_spans_and_excerpts_are_the_matching_text_as_it_is_written():
@@ -338,6 +429,24 @@ def test_rows_without_text_are_counted_and_progress_is_told(monkeypatch):
     assert "1 of 1 items share an n-gram" in lines[0]
 
 
+def test_the_memory_of_a_scan_does_not_grow_with_the_rows(monkeypatch):
+    monkeypatch.setattr("trialist.data.scan.CHUNK", 20_000)
+    index = OverlapIndex([items_of(*(" ".join(f"w{number + at}" for at in range(12)) for number in range(50)))])
+
+    def peak(rows: int) -> int:
+        made = ((Place("t", n), {"text": f"{n} w{n % 50 + 1} " * 20 + " ".join(f"w{n % 60 + at}" for at in range(9))})
+                for n in range(rows))  # fmt: skip
+        tracemalloc.start()
+        scan = scan_rows(Scan(index), made, RowTexts())
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (scan.rows, scan.rows_sharing) == (rows, sum(n % 60 < 54 for n in range(rows)))
+        return most
+
+    peak(100)
+    assert peak(3_000) < 1.3 * peak(300)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -360,3 +469,5 @@ def test_no_items_and_impossible_rules_are_refused():
         Rule("some")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"coverage is a share from 0 to 1, not 1\.5"):
         Rule(coverage=1.5)
+    with pytest.raises(ValueError, match=r"coverage 0\.5: the rule 'any' asks for no share of an item"):
+        Rule("any", 0.5)

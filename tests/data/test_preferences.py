@@ -77,6 +77,38 @@ def test_messages_that_both_answers_begin_with_become_the_prompt(prompt: str | N
     )
 
 
+DIALOGUE = "\n\nHuman: hi\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "prompt", [[user("p")], [{"role": "system", "content": "s"}, user("p")]], ids=["user", "system"]
+)
+def test_a_prompt_of_messages_that_both_answers_repeat_is_taken_off_them(prompt: list[dict[str, str]]) -> None:
+    [row] = read_preferences(
+        [{"prompt": prompt, "chosen": [*prompt, assistant("c")], "rejected": [*prompt, assistant("r")]}]
+    )
+    assert (row["prompt"], row["chosen"], row["rejected"]) == (prompt, [assistant("c")], [assistant("r")])
+
+
+@pytest.mark.parametrize("prompt", ["hi", DIALOGUE], ids=["the question", "the dialogue"])
+def test_a_prompt_that_whole_dialogues_repeat_is_taken_off_them(prompt: str) -> None:
+    [row] = read_preferences([{"prompt": prompt, "chosen": f"{DIALOGUE} a", "rejected": f"{DIALOGUE} b"}])
+    assert (row["prompt"], row["chosen"], row["rejected"]) == (DIALOGUE, " a", " b")
+
+
+def test_a_prompt_that_dialogues_do_not_hold_stays() -> None:
+    given = {"prompt": "Be brief.", "chosen": f"{DIALOGUE} a", "rejected": f"{DIALOGUE} b"}
+    assert read_preferences([given]) == [given]
+
+
+def test_all_blank_answers_are_counted_in_one_error() -> None:
+    rows = [GOOD, {**GOOD, "chosen": " "}, GOOD, {"chosen": DIALOGUE, "rejected": f"{DIALOGUE} yo"}]
+    with pytest.raises(
+        ValueError, match=r"data row 2: 'chosen' is empty behind the prompt, and 1 more in the data; drop"
+    ):
+        read_preferences(rows)
+
+
 GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
 TALK = {"prompt": [user("p")], "chosen": [assistant("c")], "rejected": [assistant("r")]}
 
@@ -91,12 +123,17 @@ TALK = {"prompt": [user("p")], "chosen": [assistant("c")], "rejected": [assistan
         ({**GOOD, "prompt": [user("p")]}, r"2: 'prompt' is a list of messages, its answers are strings"),
         ({**GOOD, "chosen": "r"}, r"2: 'chosen' equals 'rejected'"),
         ({**GOOD, "chosen": ""}, r"2: 'chosen' is empty"),
+        ({**GOOD, "rejected": " \n"}, r"2: 'rejected' is empty"),
+        ({"chosen": "sky is blue", "rejected": "sky is blue and red"}, r"2: 'chosen' is empty behind the prompt"),
+        ({"chosen": f"{DIALOGUE} yo", "rejected": f"{DIALOGUE} "}, r"2: 'rejected' is empty behind the prompt"),
         ({**GOOD, "chosen": [], "rejected": []}, r"2: 'chosen' must be a string or a list of messages"),
         ({**TALK, "chosen": TALK["rejected"]}, r"2: 'chosen' equals 'rejected'"),
         ({**TALK, "prompt": "other"}, r"2: 'prompt' is a string, its answers are lists"),
         ({**TALK, "prompt": None}, r"2 has no 'prompt'"),
         ({**TALK, "rejected": [assistant(" ")]}, r"2: 'rejected', message 1 is empty"),
         ({**TALK, "rejected": [user("r")]}, r"2: 'rejected' does not end with a message of the assistant"),
+        ({**TALK, "chosen": [user("p"), assistant("c")]}, r"2: 'chosen' begins with the messages of 'prompt', 'rejected'"),
+        ({**TALK, "rejected": [user("p"), assistant("c")]}, r"2: 'rejected' begins with .*, 'chosen' does not"),
         ({**TALK, "rejected": [{"content": "r"}]}, r"2: 'rejected', message 1: expected \{'role'"),
     ],
 )  # fmt: skip
@@ -140,6 +177,61 @@ def test_conversations_go_through_the_chat_template_and_end_with_their_turn() ->
     assert counts["endless"] == 0
 
 
+TOOLS = "{% if tools %}{% for t in tools %}[{{ t['name'] }}]{% endfor %}{% endif %}"
+
+
+@pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]'], ids=["list", "JSON"])
+def test_tools_reach_the_template_as_a_list_or_as_its_json(tools: Any) -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = TOOLS + CHATML
+    [pair], _ = encode_preferences(read_preferences([{**TALK, "tools": tools}]), tokenizer, max_length=90)
+    assert tokenizer.decode(pair.prompt) == "[f]<|user|>p<eos>\n<|assistant|>"
+
+
+def test_values_for_the_template_reach_it() -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = "{% if brief is defined %}{{ brief }}{% endif %}" + CHATML
+    rows = [{**TALK, "chat_template_kwargs": {"brief": "be brief"}}, {**TALK, "chat_template_kwargs": {"brief": None}}]
+    pairs, _ = encode_preferences(read_preferences(rows), tokenizer, max_length=90)
+    assert [tokenizer.decode(pair.prompt).partition("<")[0] for pair in pairs] == ["be brief", ""]
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"tools": "[{"}, "prefs row 2: 'tools' is a string that is no JSON"),
+        ({"tools": [7]}, "prefs row 2: the chat template does not take this conversation .*roles are user"),
+        ({"chat_template_kwargs": "x"}, "prefs row 2: 'chat_template_kwargs' must be an object, not a string"),
+        (
+            {"chat_template_kwargs": {"tokenize": True}},
+            "prefs row 2: the chat template does not take this conversation",
+        ),
+    ],
+)
+def test_what_the_template_cannot_take_is_named_with_its_row(columns: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        encode_preferences(
+            read_preferences([TALK, {**TALK, **columns}]), chat_tokenizer(), max_length=90, source="prefs"
+        )
+
+
+def test_tokens_that_the_template_writes_into_an_answer_count_and_are_said() -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = CHATML.replace("|>{{ m", "|>{% if m['role'] == 'assistant' %}--{% endif %}{{ m")
+    [pair], counts = encode_preferences(read_preferences([TALK]), tokenizer, max_length=90)
+    assert pair.chosen == [*b"--c", END]
+    assert (counts["opened"], counts["turns"]) == (1, 0)
+    assert "in 1 of 1 rows the chat template writes into the answer" in notes(counts, 90)[0]
+
+
+def test_turns_of_the_user_within_an_answer_count_and_are_said() -> None:
+    row = {**TALK, "chosen": [assistant("c"), user("?"), assistant("d")]}
+    [pair], counts = encode_preferences(read_preferences([row]), chat_tokenizer(), max_length=90)
+    assert bytes(token for token in pair.chosen if token < 256) == b"c\n<|user|>?\n<|assistant|>d"
+    assert (counts["opened"], counts["turns"]) == (0, 1)
+    assert "in 1 of 1 rows an answer has several turns" in notes(counts, 90)[0]
+
+
 def test_long_answers_lose_their_end_and_rows_without_room_or_difference_are_left_out() -> None:
     rows = [
         {"prompt": "pp", "chosen": "abcdef", "rejected": "b"},
@@ -173,5 +265,17 @@ def test_conversations_need_a_chat_template() -> None:
 def test_a_conversation_that_the_template_refuses_is_named() -> None:
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(ValueError, match="data row 1: the chat template does not take"):
+    with pytest.raises(ValueError, match=r"data row 1: the chat template does not take this conversation \(no\)"):
         encode_preferences(read_preferences([TALK]), tokenizer, max_length=9)
+
+
+def test_strings_become_turns_where_they_are_to_be_a_conversation():
+    rows = [{"prompt": "1?", "chosen": "yes", "rejected": "no", "label_prob": 0.5}]
+    wanted = {
+        "prompt": [{"role": "user", "content": "1?"}],
+        "chosen": [{"role": "assistant", "content": "yes"}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+        "label_prob": 0.5,
+    }
+    assert read_preferences(rows, chat=True) == [wanted]
+    assert read_preferences([wanted], chat=True) == [wanted]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 import unicodedata
 
 import numpy as np
@@ -10,7 +11,7 @@ from trialist.data.tokenizers import byte_tokenizer
 from trialist.data.words import RULES, TokenWords, Words
 from trialist.kernels.ngrams import Phrases
 
-RULE_AND_FORM = [(rule, form) for rule in RULES for form in ("as-is", "nfkc", "unaccented")]
+RULE_AND_FORM = [(rule, form) for rule in RULES for form in ("as-is", "nfkc", "unaccented", "plain")]
 CHARACTERS = (
     "aB9_ \n\t\r,.?!:;()\"-\\'$+=<>[]{}éÉßİΣςσﬁＡ１…—“”\u00a0\u2003\u3000\u0301\u0327가각ᄀ\u1161日本語🎈\u200b\x1c\x00"
 )
@@ -24,9 +25,15 @@ def by_character(text: str, words: Words) -> list[str]:
     """The rules once more, character by character, on text that is normalised as a whole."""
     if words.unicode == "nfkc":
         text = unicodedata.normalize("NFKC", text)
-    if words.unicode == "unaccented":
+    if words.unicode in ("unaccented", "plain"):
         text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    if words.unicode == "plain":
+        for marks, plain in (("—", "-"), ("“”", '"')):
+            text = re.sub(f"[{marks}]", plain, text)
     text = text.lower().replace("ς", "σ") if words.lower else text
+    if words.numbers == "equal":
+        numbers = "[0-9][0-9!-/:-@[-`{-~]*[0-9]|[0-9]" if words.rule == "bare" else "[0-9]+"
+        text = re.sub(numbers, "0", re.sub("１", "1", text))
     found = [""]
     for character in text:
         if character.isspace() or (words.rule == "tulu3" and character in ',.?!:;()"-\\'):
@@ -42,8 +49,9 @@ def by_character(text: str, words: Words) -> list[str]:
 
 @pytest.mark.parametrize(("rule", "form"), RULE_AND_FORM)
 @pytest.mark.parametrize("lower", [True, False], ids=["lowered", "as written"])
-def test_words_are_those_of_a_rule_read_character_by_character(rule, form, lower):
-    words, chance = Words(rule, form, lower), random.Random(7)
+@pytest.mark.parametrize("numbers", ["as-is", "equal"])
+def test_words_are_those_of_a_rule_read_character_by_character(rule, form, lower, numbers):
+    words, chance = Words(rule, form, lower, numbers), random.Random(7)
     for _ in range(150):
         text = random_text(chance)
         assert [word.decode() for word in words.split(text)] == by_character(text, words), repr(text)
@@ -93,6 +101,25 @@ def test_compatible_characters_are_equal_only_where_asked():
     assert nfkc.split("ﬁx ＡＢ e\u0301") == nfkc.split("fix ab é")
     assert nfkc.split("é") != nfkc.split("e")
     assert unaccented.split("Café") == unaccented.split("cafe")
+
+
+def test_plain_text_has_the_marks_of_a_keyboard():
+    typeset = "He said “we don’t know” — and, then… ‹so›"
+    typed = "He said \"we don't know\" - and, then... 'so'"
+    for rule in RULES:
+        assert Words(rule, "plain").split(typeset) == Words(rule).split(typed), rule
+    assert Words("tulu3", "plain").split("他说，你好。") == Words("tulu3", "plain").split("他说,你好.")
+
+
+def test_equal_numbers_are_one_number_and_keep_their_places():
+    words = Words("tulu3", numbers="equal")
+    text = "Ann has 12 apples, é, and 1200 pears for $3"
+    assert words.split(text) == words.split("Ann has 7 apples, é, and 5 pears for $99")
+    assert [text[begin:end] for begin, end in words.spans(text)] == [
+        "Ann", "has", "12", "apples", "é", "and", "1200", "pears", "for", "$3"
+    ]  # fmt: skip
+    assert Words("bare", "plain", numbers="equal").split("1,200 or 3.5") == [b"0", b"or", b"0"]
+    assert words.split("1,200") == [b"0", b"0"]
 
 
 def test_white_space_beyond_ascii_separates_and_a_final_sigma_is_a_sigma():

@@ -35,6 +35,17 @@ CONFIGS = {
     "gemma2-softcap": lambda: transformers.Gemma2Config(**SIZES, final_logit_softcapping=3.0),
     "granite-scaled": lambda: transformers.GraniteConfig(**SIZES, logits_scaling=2.5),
     "cohere-scaled": lambda: transformers.CohereConfig(**SIZES, logit_scale=0.3),
+    "hyperclovax-multiplied": lambda: transformers.AutoConfig.for_model("hyperclovax", **SIZES, logits_scaling=0.4),
+    "falcon-h1-multiplied": lambda: transformers.FalconH1Config(
+        **SIZES,
+        lm_head_multiplier=0.25,
+        mamba_d_ssm=24,
+        mamba_n_heads=2,
+        mamba_d_head=12,
+        mamba_d_state=8,
+        mamba_n_groups=1,
+        mamba_chunk_size=8,
+    ),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=37, n_embd=24, n_layer=2, n_head=6, n_positions=64),
     "opt": lambda: transformers.OPTConfig(
         vocab_size=37, hidden_size=24, ffn_dim=40, num_hidden_layers=2, num_attention_heads=6, word_embed_proj_dim=16
@@ -56,7 +67,9 @@ def build(name: str) -> nn.Module:
 @pytest.mark.parametrize("chunk", [4, 4096])
 def test_values_and_gradients_equal_those_through_full_logits(padded, name: str, chunk: int) -> None:
     model, (ids, mask) = build(name), padded
-    if name.startswith("gemma2"):  # whose eager attention gives NaN for padding in float64
+    if name.startswith(
+        ("gemma2", "falcon")
+    ):  # whose eager attention and whose recurrence do not take padding in float64
         mask = torch.ones_like(mask)
     scored = completion(mask)
     weights = torch.randn(3, 10, dtype=torch.float64), torch.randn(3, 10, dtype=torch.float64)
@@ -206,6 +219,41 @@ def test_a_model_with_an_unknown_path_to_its_logits_is_refused(decoder, padded) 
     model = Doubled(decoder().config)
     with pytest.raises(ValueError, match="in a way that selected_logprobs does not know"):
         selected_logprobs(model, padded[0])
+
+
+@pytest.mark.parametrize("factor", [1.01, 0.99])
+def test_a_scale_that_is_wrong_by_one_in_a_hundred_is_noticed(decoder, padded, factor: float) -> None:
+    class Scaled(type(decoder())):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * factor
+            return output
+
+    with pytest.raises(ValueError, match="in a way that selected_logprobs does not know"):
+        selected_logprobs(Scaled(decoder().config), padded[0])
+
+
+def test_a_scale_that_a_head_of_zeros_hides_is_not_guessed(padded) -> None:
+    model = build("granite-scaled")
+    nn.init.zeros_(model.get_output_embeddings().weight)
+    with pytest.raises(ValueError, match="scales its logits, and those of the first batch are all 0"):
+        selected_logprobs(model, *padded)
+
+
+@pytest.mark.parametrize("name", ["llama", "granite-scaled", "hyperclovax-multiplied"])
+def test_models_in_bfloat16_are_scored_like_their_own_logits(padded, name: str) -> None:
+    model = build(name).bfloat16()
+    with torch.no_grad():
+        values = selected_logprobs(model, *padded)
+        expected, _ = plain_logprobs(model.double(), *padded, padded[1])
+    torch.testing.assert_close(values[1:], expected[1:].float() * (values[1:] != 0), atol=0.5, rtol=0.05)
+
+
+def test_tiles_are_larger_where_products_are_fast_against_memory() -> None:
+    positions = [scoring._rows_at_once(152_000, 4096, device) for device in ("cpu", "cuda")]
+    assert positions == [2**24 // 152_000, 2**26 // 152_000]
+    assert scoring._rows_at_once(10**9, 4096, "cpu") == 1
+    assert scoring._rows_at_once(100, 4096, "cuda") == 4096
 
 
 def test_dropout_is_the_same_in_the_check_and_after_it(decoder, padded) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -95,6 +96,66 @@ def test_ld_dpo_weighs_tokens_beyond_the_shorter_answer_by_alpha() -> None:
     assert weights.tolist() == [[1, 1, 1, 1, 0, 0, 0], [1, 1, 0.4, 0.4, 0.4, 0, 0], [1, 1, 1, 0, 0, 0, 0]]
 
 
+def test_ld_dpo_is_the_sum_with_its_weights_worked_by_hand() -> None:
+    tensors = pairs()
+
+    def total(ratios: list[float], other: list[float]) -> float:
+        shared = min(len(ratios), len(other))
+        return sum(ratios[:shared]) + 0.4 * sum(ratios[shared:])
+
+    expected = sum(
+        softplus(-0.3 * (total(w, r) - total(r, w)))
+        for w, r in zip(answers(tensors, "chosen"), answers(tensors, "rejected"))
+    )
+    loss, _ = preference_loss(**tensors, method="ld-dpo", beta=0.3, alpha=0.4)
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "divisor"),
+    [
+        ({"method": "d2po", "gamma": 0.7, "normalize": "weights"}, lambda n: sum(0.7**t for t in range(n))),
+        ({"method": "d2po", "gamma": 0.7, "normalize": "length"}, lambda n: n),
+    ],
+    ids=["weights", "length"],
+)
+def test_decayed_sums_are_divided_by_what_was_asked_for(options: dict[str, Any], divisor: Any) -> None:
+    tensors = pairs()
+
+    def score(ratios: list[float]) -> float:
+        return sum(0.7**t * ratio for t, ratio in enumerate(ratios)) / divisor(len(ratios))
+
+    expected = sum(
+        softplus(-2.0 * (score(w) - score(r))) for w, r in zip(answers(tensors, "chosen"), answers(tensors, "rejected"))
+    )
+    assert float(preference_loss(**tensors, beta=2.0, **options)[0]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_sampo_costs_what_one_of_the_choices_of_tokens_costs_and_takes_each() -> None:
+    tensors = pairs(lengths=((4, 2),))
+    (longer,), (shorter,) = answers(tensors, "chosen"), answers(tensors, "rejected")
+    choices = [softplus(-0.3 * (sum(chosen) - sum(shorter))) for chosen in itertools.combinations(longer, 2)]
+    taken = set()
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        loss = float(preference_loss(**tensors, method="sampo", beta=0.3, generator=generator)[0])
+        nearest = min(range(6), key=lambda index: abs(choices[index] - loss))
+        assert loss == pytest.approx(choices[nearest], rel=1e-12)
+        taken.add(nearest)
+    assert taken == set(range(6))
+
+
+def test_sums_of_bfloat16_are_taken_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected = (-2 * torch.rand(1, 1000, generator=generator) for _ in range(2))
+    mask = torch.ones(1, 1000, dtype=torch.bool)
+    rounded = chosen.bfloat16(), rejected.bfloat16()
+    exact = 0.1 * float((rounded[0].double() - rounded[1].double()).sum())
+    loss, stats = preference_loss(*rounded, mask, mask, method="dpo")
+    assert loss.dtype == torch.float32
+    assert float(stats["reward_margin"]) == pytest.approx(exact, rel=1e-4)
+
+
 def test_sampo_takes_as_many_tokens_of_the_longer_answer_as_the_shorter_has() -> None:
     mask = pairs()["chosen_mask"]
     shorter = torch.tensor([4, 2, 3])
@@ -130,9 +191,14 @@ def test_label_smoothing_mixes_in_the_flipped_label() -> None:
     ],
     ids=str,
 )
-def test_the_neutral_setting_is_dpo_to_the_bit(neutral: dict[str, Any]) -> None:
-    tensors = pairs()
-    assert torch.equal(preference_loss(**tensors, **neutral)[0], preference_loss(**tensors, method="dpo")[0])
+def test_loss_and_gradient_of_the_neutral_setting_are_those_of_dpo_to_the_bit(neutral: dict[str, Any]) -> None:
+    results = []
+    for options in (neutral, {"method": "dpo"}):
+        tensors = pairs()
+        learned = [tensors[f"{name}_logps"].requires_grad_() for name in ("chosen", "rejected")]
+        loss, _ = preference_loss(**tensors, **options)
+        results.append((loss, *torch.autograd.grad(loss, learned)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_sampo_on_answers_of_equal_length_is_dpo() -> None:
@@ -241,6 +307,8 @@ def test_gradients_are_exact_in_float64(method: str) -> None:
         ({"gamma": 0.0}, r"gamma must be in \(0, 1\], not 0.0; 1 is DPO"),
         ({"gamma": 1.1}, r"gamma must be in \(0, 1\]"),
         ({"gamma": math.nan}, r"gamma must be in \(0, 1\]"),
+        ({"method": "dpo", "gamma": 0.5}, "belong to d2po; method dpo has none"),
+        ({"method": "simpo", "exponent_start": 1}, "belong to d2po; method simpo has none"),
         ({"beta": 0.0}, "beta must be > 0"),
         ({"exponent_start": 2}, "exponent_start is 0"),
         ({"method": "ppo"}, "unknown method 'ppo'; there are dpo, d2po"),
@@ -265,12 +333,18 @@ def test_an_answer_without_tokens_is_named_by_its_example() -> None:
         preference_loss(**tensors)
 
 
-def test_a_reference_that_is_no_number_is_named_and_padding_may_hold_anything() -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("column", "who"), [("chosen_logps", "the model"), ("ref_chosen_logps", "the reference")])
+def test_what_is_not_finite_is_named_by_its_example_and_padding_may_hold_anything(
+    column: str, who: str, value: float
+) -> None:
     tensors = pairs()
-    tensors["ref_chosen_logps"][2, 4] = math.nan  # padding
+    tensors[column][2, 4] = value  # padding
     assert preference_loss(**tensors)[0].isfinite()
-    tensors["ref_chosen_logps"][2, 1] = math.nan
-    with pytest.raises(ValueError, match="example 2: the reference's log-probabilities of its chosen answer"):
+    tensors[column][2, 1] = value
+    with pytest.raises(
+        ValueError, match=f"example 2: log-probabilities of its chosen answer under {who} are not finite"
+    ):
         preference_loss(**tensors)
 
 
@@ -293,8 +367,26 @@ def test_a_half_life_is_a_gamma() -> None:
         D2PO(half_life=0)
 
 
-def test_defaults_follow_the_method() -> None:
-    assert [Preference(method).temperature for method in ("dpo", "dpo-norm", "simpo")] == [0.1, 5.0, 2.0]
+def test_a_half_life_belongs_to_d2po() -> None:
+    with pytest.raises(ValueError, match="gamma, half_life and exponent_start belong to d2po; method dpo has none"):
+        Preference("dpo", half_life=3)
+
+
+@pytest.mark.parametrize(
+    ("method", "normalize", "beta"),
+    [
+        ("dpo", None, 0.1), ("d2po", None, 0.1), ("dpo-norm", None, 5.0), ("simpo", None, 2.0), ("dpo", "length", 5.0),
+        ("d2po", "weights", 5.0), ("dpo-norm", "none", 0.1), ("simpo", "none", 0.1), ("simpo", "weights", 2.0),
+    ],
+)  # fmt: skip
+def test_beta_follows_what_sums_are_divided_by(method: str, normalize: str | None, beta: float) -> None:
+    assert Preference(method, normalize=normalize).temperature == beta
+    tensors = without_reference(pairs(), method)
+    found, given = (preference_loss(**tensors, method=method, normalize=normalize, beta=b)[0] for b in (None, beta))
+    assert torch.equal(found, given)
+
+
+def test_methods_without_a_reference_say_so() -> None:
     assert D2PO().method == "d2po"
     assert not Preference("simpo").needs_reference
     assert not D2PO(reference_free=True).needs_reference

@@ -13,7 +13,7 @@ from trialist.data.preferences import encode_preferences
 from trialist.data.tokenizers import bpe_tokenizer
 from trialist.objectives import Preference
 from trialist.objectives.preference_rows import answer_logprobs, preference_row
-from trialist.training import adapt_dpo_trainer
+from trialist.training import adapt_dpo_trainer, preference_trl
 
 trl = pytest.importorskip("trl", reason="the extra `trl` is not installed")
 
@@ -117,6 +117,7 @@ def test_the_adapted_trainer_of_trl_computes_our_loss(
         ("loss_types", ["sigmoid_norm"], "loss_type 'sigmoid_norm'"),
         ("ld_alpha", 0.5, "ld_alpha does not go"),
         ("use_weighting", True, "use_weighting does not go"),
+        ("f_divergence_type", "forward_kl", "f_divergence_type 'forward_kl' does not go"),
     ],
 )
 def test_what_weighted_log_probabilities_would_spoil_is_refused(
@@ -130,3 +131,26 @@ def test_what_weighted_log_probabilities_would_spoil_is_refused(
 def test_a_gamma_out_of_range_is_refused(theirs: Any) -> None:
     with pytest.raises(ValueError, match=r"gamma must be in \(0, 1\]"):
         adapt_dpo_trainer(theirs, gamma=0.0)
+
+
+def test_another_release_of_trl_is_refused(theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preference_trl, "version", lambda _: "1.17.0")
+    with pytest.raises(ValueError, match=r"TRL 1.17.0 is installed, and 1.16 is what can be adapted"):
+        adapt_dpo_trainer(theirs)
+
+
+def test_a_trainer_is_adapted_once_until_that_is_undone(theirs: Any) -> None:
+    undo = adapt_dpo_trainer(theirs)
+    with pytest.raises(ValueError, match="adapted already, and would be weighted twice"):
+        adapt_dpo_trainer(theirs)
+    undo()
+    adapt_dpo_trainer(theirs)()
+
+
+def test_a_call_that_asks_for_no_log_probabilities_is_left_alone(theirs: Any) -> None:
+    ids = torch.tensor([[4, 5, 6]])
+    undo = adapt_dpo_trainer(theirs, gamma=0.5)
+    with torch.no_grad():
+        adapted = theirs.model(input_ids=ids).logits
+        undo()
+        assert torch.equal(adapted, theirs.model(input_ids=ids).logits)

@@ -125,7 +125,7 @@ def test_exchanging_the_answers_and_the_label_changes_nothing():
         loss, stats, _ = loss_and_gradient(batch_of(pairs, labels), objective)
         other, others, _ = loss_and_gradient(batch_of(turned, [1 - p for p in labels]), objective)
         torch.testing.assert_close(loss, other)
-        assert stats["correct"] == others["correct"]
+        assert all(torch.isclose(stats[name], others[name]) for name in stats)
 
 
 def test_more_padding_and_other_groups_in_the_batch_change_nothing():
@@ -139,6 +139,29 @@ def test_more_padding_and_other_groups_in_the_batch_change_nothing():
     torch.testing.assert_close(loss_and_gradient(batch)[0], sum(alone), rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("fill", [PAD, 7], ids=["configured padding", "other padding"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_mask_alone_says_what_is_padding(side, fill):
+    pairs, labels = pairs_of()
+    batch = batch_of(pairs, labels)
+    expected = loss_and_gradient(batch)[0]
+    ids, mask = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, fill), batch["attention_mask"]
+    if side == "left":
+        lengths = mask.sum(1).tolist()
+        ids, mask = (torch.stack([row.roll(-n) for row, n in zip(columns, lengths)]) for columns in (ids, mask))
+        assert mask[:, -1].all()
+    found = loss_and_gradient({**batch, "input_ids": ids, "attention_mask": mask})[0]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_padding_without_a_padding_token_in_the_configuration_is_an_error():
+    pairs, labels = pairs_of()
+    model = reward_model()
+    model.config.pad_token_id = None
+    with pytest.raises(ValueError, match=r"config\.pad_token_id is None.*set it"):
+        RewardLoss()(model, batch_of(pairs, labels))
+
+
 def test_the_penalty_is_on_the_squared_sum_of_the_rewards_of_a_pair():
     pairs, labels = pairs_of(1, 2)
     model = reward_model()
@@ -149,17 +172,63 @@ def test_the_penalty_is_on_the_squared_sum_of_the_rewards_of_a_pair():
     assert penalised - plain == pytest.approx(0.3 * sum(both) ** 2, rel=1e-9)
 
 
-def test_correct_counts_pairs_in_the_order_of_their_label_and_ties_half():
-    class Fixed(torch.nn.Module):
-        def forward(self, input_ids, attention_mask):
-            return type("Output", (), {"logits": torch.tensor([[3.0], [1.0], [1.0]])})
+class Fixed(torch.nn.Module):
+    """Rewards 3, 1, 1."""
 
+    def __init__(self):
+        super().__init__()
+        self.config = GPT2Config(pad_token_id=PAD)
+
+    def forward(self, input_ids, attention_mask):
+        return type("Output", (), {"logits": torch.tensor([[3.0], [1.0], [1.0]])})
+
+
+def test_stats_count_decided_pairs_and_ties_apart():
     batch = {
         "input_ids": torch.ones(3, 2, dtype=torch.long),
+        "attention_mask": torch.ones(3, 2, dtype=torch.long),
         "pairs": torch.tensor([[0, 1], [1, 0], [1, 0], [0, 2], [1, 2]]),
         "label_prob": torch.tensor([1.0, 1.0, 0.2, 0.5, 1.0]),
     }
-    assert RewardLoss()(Fixed(), batch)[1]["correct"] == 1 + 0 + 1 + 0.5 + 0.5
+    stats = {name: float(value) for name, value in RewardLoss()(Fixed(), batch)[1].items()}
+    assert stats == {
+        "weight": 5, "decided": 4, "correct": 1 + 0 + 1 + 0.5, "margin": 2 - 2 + 2 + 0, "distance": 2,
+        "mean_reward": 4 * 2 + 1, "mean_squared_reward": 4 * 5 + 1,
+    }  # fmt: skip
+
+
+def test_a_margin_is_what_the_better_one_must_be_above_by_hand():
+    d, p = torch.tensor([2.0, 2.0, 0.0], dtype=torch.float64), torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64)
+    found = soft_bradley_terry(d, p, torch.tensor([3.0, 3.0, 1.0], dtype=torch.float64))
+    expected = [math.log(1 + math.exp(1)), math.log(1 + math.exp(5)), math.log(1 + math.exp(1))]
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_margins_go_through_groups_and_batches_to_their_pairs():
+    pairs, labels = pairs_of(2)
+    margins = [0.3 * n for n in range(len(pairs))]
+    model = reward_model()
+    loss, _ = RewardLoss()(model, batch_of(pairs, labels, margin=margins))
+    total = 0.0
+    for pair, p, m in zip(pairs, labels, margins):
+        a, b = (model(torch.tensor([pair.prompt + answer])).logits.item() for answer in (pair.chosen, pair.rejected))
+        total += p * math.log(1 + math.exp(b - a + m)) + (1 - p) * math.log(1 + math.exp(a - b + m))
+    assert loss.item() == pytest.approx(total, rel=1e-6)  # margins are float32
+    groups = [*group_pairs(pairs[:15], labels[:15], margin=margins[:15]), *group_pairs(pairs[15:], labels[15:])]
+    with pytest.raises(ValueError, match="lacks 'margin'"):
+        collate_groups(groups, pad_token_id=PAD)
+
+
+def test_a_prompt_of_many_rows_is_cut_into_groups_of_bounded_size():
+    pairs = [PreferencePair([9, 8], [1, n], [2, n], n) for n in range(20)]
+    shared, apart = (group_pairs(pairs, [1.0] * 20, largest=6, share=share) for share in (True, False))
+    assert (
+        [len(group["sequences"]) for group in shared] == [len(group["sequences"]) for group in apart] == [6] * 6 + [4]
+    )
+    assert sum(len(group["pairs"]) for group in shared) == 20
+    again = group_pairs([*pairs[:3], *pairs[:3]], [1.0] * 6, largest=6, share=False)
+    assert [len(group["pairs"]) for group in again] == [6]  # six distinct sequences, however often they stand there
+    assert max(len(group["sequences"]) for group in group_pairs(pairs, [1.0] * 20)) == 16
 
 
 def test_pairs_of_one_anchor_are_a_group_in_the_order_of_the_rows():

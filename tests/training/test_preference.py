@@ -1,4 +1,4 @@
-"""The recipe `preference`: what it learns, leaves behind, continues and refuses; the reference's cache."""
+"""The recipe `preference`: what it learns, leaves behind, continues and refuses."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from trialist.data.preferences import PreferencePair
 from trialist.data.tokenizers import bpe_tokenizer, byte_tokenizer
-from trialist.objectives.preference_rows import preference_row
-from trialist.training import progress, reference_logprobs
+from trialist.training import progress
 from trialist.training.preference import PreferenceTraining
-from trialist.training.preference_reference import reference_file, tokenizer_difference
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +95,41 @@ def test_sharing_the_prompt_changes_the_weights_by_rounding_only(folder: Path) -
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 0.01 * moved
 
 
+def test_gamma_one_trains_as_dpo_to_the_bit(folder: Path) -> None:
+    run(folder, "decayed", objective="d2po", gamma=1.0, validation=0.0)
+    run(folder, "plain", objective="dpo", validation=0.0)
+    assert_same_bits(weights(folder / "decayed"), weights(folder / "plain"))
+    texts = [
+        AutoModelForCausalLM.from_pretrained(folder / name).generate(torch.tensor([[73, 115]]), max_new_tokens=20)
+        for name in ("decayed", "plain")
+    ]
+    assert torch.equal(*texts)
+
+
+def test_a_half_life_is_the_gamma_that_it_stands_for(folder: Path) -> None:
+    run(folder, "life", objective="d2po", half_life=1.0, steps=2, validation=0.0)
+    run(folder, "gamma", objective="d2po", gamma=0.5, steps=2, validation=0.0)
+    run(folder, "default", objective="d2po", steps=2, validation=0.0)
+    life, gamma, default = (weights(folder / name) for name in ("life", "gamma", "default"))
+    assert_same_bits(life, gamma)
+    assert not all(torch.equal(life[name], default[name]) for name in life)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answers", "words"),
+    [(40, ("yes", "no"), "a prompt is computed once for both answers: once takes 0.57 of"),
+     (2, ("y" * 60, "n" * 50), "a prompt is computed for each answer: once takes 1.")],
+    ids=["long prompts", "long answers"],
+)  # fmt: skip
+def test_prompts_are_shared_where_that_takes_fewer_operations(
+    folder: Path, prompt: int, answers: tuple[str, str], words: str
+) -> None:
+    rows = [{"prompt": f"{i}".rjust(prompt), "chosen": answers[0], "rejected": answers[1]} for i in range(12)]
+    (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, said = run(folder, steps=1, validation=0.0)
+    assert next(line for line in said if line.startswith("a prompt is computed")).startswith(words)
+
+
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(folder, "whole", objective="d2po")
 
@@ -128,6 +159,20 @@ def test_an_adapter_alone_is_saved_on_demand(folder: Path) -> None:
     assert adapted.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=2).shape[0] == 1
 
 
+def test_adapters_train_in_bfloat16_with_checkpointed_activations_and_are_merged(folder: Path) -> None:
+    result, _ = run(
+        folder, objective="d2po", lora=4, dtype="bfloat16", gradient_checkpointing=True, steps=20, learning_rate=2e-2,
+        validation=0.2,
+    )  # fmt: skip
+    assert result["validation loss before"] == pytest.approx(0.6931, abs=5e-3)  # the reference is in bfloat16, too
+    assert result["validation loss after"] < 0.6
+    merged, start = weights(folder / "out"), weights(folder / "model")
+    assert merged.keys() == start.keys()
+    assert {weight.dtype for weight in merged.values()} == {torch.bfloat16}
+    moved = [name for name in merged if not torch.equal(merged[name], start[name].bfloat16())]
+    assert len(moved) == 2 * 7  # every linear layer of the two blocks, and nothing else
+
+
 def test_another_run_of_other_settings_in_the_folder_is_refused(folder: Path) -> None:
     run(folder)
     with pytest.raises(ValueError, match="objective: 'dpo' there, 'd2po' now"):
@@ -151,6 +196,14 @@ def test_a_reference_of_its_own_is_measured_from(folder: Path, llama: Any) -> No
     assert abs(result["validation loss before"] - 0.6931) > 1e-3
 
 
+def test_a_reference_without_all_the_tokens_is_refused(folder: Path, llama: Any) -> None:
+    llama(vocab_size=200).save_pretrained(folder / "reference")
+    byte_tokenizer().save_pretrained(folder / "reference")
+    with pytest.raises(ValueError, match="gives token 257, beyond the reference's vocabulary of 200"):
+        run(folder, reference=str(folder / "reference"))
+    assert not (folder / "out").exists()
+
+
 def test_a_reference_with_another_tokenizer_is_refused(folder: Path, llama: Any) -> None:
     tokenizer = bpe_tokenizer(["is it yes or no"] * 9, 270, cache=False)
     llama(vocab_size=270).save_pretrained(folder / "reference")
@@ -163,8 +216,6 @@ def test_a_reference_with_another_tokenizer_is_refused(folder: Path, llama: Any)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"gamma": 0.9}, "--gamma, --half-life and --exponent-start belong to d2po"),
-        ({"objective": "d2po", "gamma": 0.9, "half_life": 3.0}, "give one of them"),
         ({"save": "adapter"}, "--save adapter needs --lora"),
         ({"batch": 0}, "--batch must be at least 1"),
         ({"validation": 1.0}, "--validation is a share"),
@@ -180,6 +231,8 @@ def test_options_that_contradict_each_other_are_refused(folder: Path, options: d
     ("options", "words"),
     [
         ({"objective": "d2po", "gamma": 1.5}, r"gamma must be in \(0, 1\]"),
+        ({"gamma": 0.9}, "gamma, half_life and exponent_start belong to d2po; method dpo has none"),
+        ({"objective": "d2po", "gamma": 0.9, "half_life": 3.0}, "give one of them"),
         ({"objective": "ld-dpo"}, "method ld-dpo needs alpha"),
         ({"length": 999}, "--length 999 is longer than .* takes, 128"),
         ({"columns": "chosen=best"}, "expected the column 'best'"),
@@ -200,64 +253,3 @@ def test_a_prompt_longer_than_the_context_is_named_or_left_out(folder: Path) -> 
         run(folder)
     _, said = run(folder, drop_long=True, steps=1)
     assert any("in 1 of 31 rows prompts fill 128 tokens: left out" in line for line in said)
-
-
-# the reference's log-probabilities
-
-ROWS = [
-    preference_row(PreferencePair([3, 4], [5, 6, 7], [8], 0)),
-    preference_row(PreferencePair([9], [10], [11, 12, 13, 14], 1)),
-    preference_row(PreferencePair([9, 8, 7], [10, 2], [11, 2], 2)),
-]
-
-
-def test_kept_values_are_those_computed_and_stand_at_the_answers_tokens(llama: Any, tmp_path: Path) -> None:
-    model = llama()
-    found = reference_logprobs(model, ROWS, digest="a", batch=2, folder=tmp_path, say=lambda _: None)
-
-    def never() -> Any:
-        raise AssertionError("scored again")
-
-    kept = reference_logprobs(never, ROWS, digest="a", batch=1, folder=tmp_path)
-    for row, values, again in zip(ROWS, found, kept, strict=True):
-        assert np.array_equal(values, again)
-        assert np.array_equal(values != 0, row["segments"] > 1)
-    with torch.no_grad():
-        log_p = model(input_ids=torch.tensor([[9, 11, 12, 13, 14]])).logits[0].log_softmax(-1)
-    np.testing.assert_allclose(found[1][2:], [log_p[t, 11 + t] for t in range(4)], atol=1e-5)
-
-
-def test_another_reference_another_computation_and_other_tokens_are_kept_apart(tmp_path: Path) -> None:
-    changed = [{**ROWS[0], "input_ids": ROWS[0]["input_ids"] + 1}, *ROWS[1:]]
-    cut = [{name: values[:-1] for name, values in ROWS[0].items()}, *ROWS[1:]]
-    names = {
-        reference_file(rows, digest, dtype, tmp_path)
-        for rows, digest, dtype in (
-            (ROWS, "a", None), (ROWS, "b", None), (ROWS, "a", torch.bfloat16), (changed, "a", None), (cut, "a", None),
-        )
-    }  # fmt: skip
-    assert len(names) == 5
-
-
-def test_a_damaged_file_is_made_again(llama: Any, tmp_path: Path) -> None:
-    reference_logprobs(llama(), ROWS, digest="a", folder=tmp_path)
-    path = reference_file(ROWS, "a", None, tmp_path)
-    path.write_bytes(path.read_bytes()[:20])
-    again = reference_logprobs(llama(), ROWS, digest="a", folder=tmp_path)
-    assert again[0].any()
-    assert path.stat().st_size > 20
-
-
-def test_a_reference_that_gives_no_numbers_is_named_with_the_row(llama: Any) -> None:
-    model = llama()
-    with torch.no_grad():
-        model.get_input_embeddings().weight[14] = torch.nan  # a token of row 1 alone, which predicts nothing more...
-        model.get_input_embeddings().weight[13] = torch.nan  # ... and one that does
-    with pytest.raises(ValueError, match="row 1: the reference's log-probabilities are not numbers"):
-        reference_logprobs(model, ROWS, batch=1)
-
-
-def test_tokenizers_differ_by_vocabulary_or_by_how_they_cut() -> None:
-    first = bpe_tokenizer(["aab aab abb"] * 9, 262, cache=False)
-    assert tokenizer_difference(first, first, ["aab"]) is None
-    assert "tokens, the first" in str(tokenizer_difference(first, byte_tokenizer(), ["aab"]))

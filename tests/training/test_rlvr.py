@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 pytest.importorskip("trl", reason="the extra `trl` is not installed")
 
@@ -79,22 +79,23 @@ def test_equal_rewards_teach_nothing(model, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_killed_run_goes_on_to_the_bit(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"beta": 0.1}, {"num_iterations": 2, "checkpoint_every": 2}])
+def test_a_killed_run_goes_on_to_the_bit(model, tmp_path, monkeypatch, options):
     def kill(self, args, state, control, **kwargs):
         if state.global_step == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def interrupted():
         monkeypatch.setattr(progress.Lines, "on_pre_optimizer_step", kill, raising=False)
-        run(model, tmp_path / "killed", unfinished=-1.0, steps=4)
+        run(model, tmp_path / "killed", unfinished=-1.0, steps=4, **options)
 
     process = multiprocessing.get_context("fork").Process(target=interrupted)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    _, said = run(model, tmp_path / "killed", unfinished=-1.0, steps=4)
+    _, said = run(model, tmp_path / "killed", unfinished=-1.0, steps=4, **options)
     assert "goes on from step 2" in said
-    run(model, tmp_path / "whole", unfinished=-1.0, steps=4)
+    run(model, tmp_path / "whole", unfinished=-1.0, steps=4, **options)
     a, b = weights(tmp_path / "killed"), weights(tmp_path / "whole")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -138,6 +139,48 @@ class Batch:
             logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
             found.append(logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None]).squeeze(-1))
         return found
+
+
+def test_each_answer_is_learned_from_as_often_as_there_are_iterations(model, tmp_path, monkeypatch):
+    from trl import GRPOTrainer
+
+    sampled, make = [], GRPOTrainer._generate_and_score_completions
+
+    def counted(self, inputs):
+        sampled.append(len(inputs))
+        return make(self, inputs)
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", counted)
+    result, _ = run(model, tmp_path / "out", steps=None, num_iterations=3, checkpoint_every=3, max_examples=4)
+    assert sampled == [6, 6]  # two prompts a step, three answers to each
+    assert result["steps"] == 2 * 3
+
+
+def test_without_scaling_an_advantage_is_the_distance_from_the_mean_of_the_group(model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = {}
+    for scale in ("none", "group"):
+        own = recipe(model, tmp_path / scale, scale_rewards=scale, batch=3, max_examples=1)
+        trainer = own._trainer(work(own, tokenizer, tmp_path / scale), load_model(model), own.prompts(tokenizer), [])
+        trainer.model.train()
+        trainer._calculate_rewards = lambda *_: torch.tensor([[10.0], [0.0], [-10.0]])
+        found[scale] = trainer._generate_and_score_completions(own.prompts(tokenizer) * 3)["advantages"]
+    assert found["none"].tolist() == pytest.approx([10.0, 0.0, -10.0])
+    assert found["group"].tolist() == pytest.approx([1.0, 0.0, -1.0], abs=1e-3)  # the deviation of 10, 0, -10 is 10
+
+
+def test_the_reference_must_be_of_the_models_own_class(model, tmp_path):
+    """TRL loads the reference by its name, and so without what was swapped into the model."""
+
+    class Swapped(LlamaForCausalLM):
+        pass
+
+    own, tokenizer = recipe(model, tmp_path / "out", beta=0.1), AutoTokenizer.from_pretrained(model)
+    given = Swapped.from_pretrained(model)
+    with pytest.raises(
+        ValueError, match="a LlamaForCausalLM as the reference of this Swapped; train adapters with --lora"
+    ):
+        own._trainer(work(own, tokenizer, tmp_path / "out"), given, own.prompts(tokenizer), [])
 
 
 @pytest.mark.parametrize("loss", ["dapo", "bnpo", "dr_grpo", "grpo"])
@@ -201,6 +244,7 @@ def test_the_verifier_reads_strings_and_messages_and_looks_for_the_end(model, tm
         completions=["it is 5", [{"role": "assistant", "content": "it is 5"}], "5", "6"],
         completion_ids=[[7, end], [7, end], [7], [7, end]],
         answer=["5"] * 4,
+        verifier=["number"] * 4,
         log_metric=lambda name, value: logged.append((name, value)),
         trainer_state=None,
     )
@@ -217,6 +261,8 @@ def test_the_verifier_reads_strings_and_messages_and_looks_for_the_end(model, tm
         ({"beta": -1.0}, "--beta must be at least 0"),
         ({"temperature": 0.0}, "--temperature must be > 0"),
         ({"reward_weight": 1.0}, "--reward-weight needs --reward-model"),
+        ({"num_iterations": 2, "checkpoint_every": 3}, "take a multiple of --num-iterations 2"),
+        ({"use_vllm": True}, "--use-vllm needs an accelerator"),
         ({"validation_data": "arithmetic"}, "would hold rows of the training data"),
     ],
 )
@@ -233,9 +279,38 @@ def test_prompts_without_room_for_an_answer_are_named(model, tmp_path):
         ValueError, match="row 2: the prompt has 150 tokens, and beside an answer of 5 there is room for 91"
     ):
         run(model, tmp_path / "out", data=str(data))
+    own, said = recipe(model, tmp_path / "out", data=str(data), drop_long=True), []
+    assert [row["prompt"] for row in own.prompts(AutoTokenizer.from_pretrained(model), say=said.append)] == ["short"]
+    assert said == [f"note: {data}: 1 of 2 prompts leave no room for an answer: left out"]
     with pytest.raises(ValueError, match="--answer-length 96 leaves no room"):
         run(model, tmp_path / "out", answer_length=96)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_verifier_of_ones_own_decides_and_is_part_of_what_made_the_model(model, tmp_path, monkeypatch):
+    (tmp_path / "judging.py").write_text("def short(completion, answer):\n    return len(completion) < 9\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "?", "answer": "-"}\n')
+    own = recipe(model, tmp_path / "out", data=str(rows), verifier="judging:short")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    (row,) = own.prompts(tokenizer)
+    end = tokenizer.eos_token_id
+    found = own._verifier(load_model(model), tokenizer)(
+        completions=["brief", "not so brief"], completion_ids=[[7, end]] * 2, answer=[row["answer"]] * 2,
+        verifier=[row["verifier"]] * 2, log_metric=lambda *_: None,
+    )  # fmt: skip
+    assert found == [10.0, 0.0]
+    before = own.contents()["verifier content"]
+    (tmp_path / "judging.py").write_text("def short(completion, answer):\n    return len(completion) < 5\n")
+    assert own.contents()["verifier content"] != before
+
+
+def test_what_samples_and_what_judges_must_be_installed(model, tmp_path, monkeypatch):
+    own = recipe(model, tmp_path / "out", use_vllm=True, device="auto")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "vllm" else name)
+    with pytest.raises(ImportError, match=r"--use-vllm needs vLLM, which is not installed: `pip install trl\[vllm\]`"):
+        own.check()
 
 
 def test_messages_need_a_chat_template(model, tmp_path):

@@ -39,7 +39,10 @@ def test_all_arms_spend_the_same_tokens_and_are_read_at_the_same_bytes(trial, ru
             assert shares == pytest.approx([0.0295, 0.06, 0.12, 0.21, 1.0], rel=0.1)
             assert shares[0] <= 1 / 32
             assert shares[-2] >= 1 / 5
-            assert outcome.curves["bits_per_byte_by_share_of_bytes"][-1] == (1.0, outcome.metrics["bits_per_byte_of_full"])
+            assert outcome.curves["bits_per_byte_by_share_of_bytes"][-1] == (
+                1.0,
+                outcome.metrics["bits_per_byte_of_full"],
+            )
     of_full = {name: outcome.metrics["bits_per_byte_of_full"] for name, outcome in outcomes.items()}
     assert of_full["recency"] == of_full["heavy-hitters"] == of_full["full-cache"]
     assert of_full["selective"] == of_full["selective-recency"] == of_full["selective-heavy-hitters"]

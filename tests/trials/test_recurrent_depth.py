@@ -169,7 +169,7 @@ def test_the_treatment_reports_accuracy_by_hops_and_steps(trial, run_arm) -> Non
 
 
 def test_a_recurrent_model_is_read_at_its_mean_at_twice_its_mean_and_around_them(trial) -> None:
-    assert dataclasses.replace(trial, recurrence=6).readings == (1, 2, 4, 6, 8, 12, 16)
+    assert dataclasses.replace(trial, recurrence=6).numbers_of_steps == (1, 2, 4, 6, 8, 12, 16)
 
 
 def test_the_curve_by_hops_is_the_mean_over_rows() -> None:

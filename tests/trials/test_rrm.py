@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import json
+import math
 
 import pytest
 
 from tests.trials.conftest import arm_of
-from trialist.data.artefact_task import END, FIRST_TOPIC, PHRASE, ArtefactTask
-from trialist.trials._reward_arms import GroupBatches
+from trialist.engine.context import Context
+from trialist.engine.contract import Cost, Outcome
+from trialist.engine.records import RunRecord
+from trialist.engine.verdict import decide
+from trialist.trials._reward_arms import GroupBatches, rows_of
+from trialist.trials._reward_data import generated
+from trialist.trials._reward_models import new_reward_model
 from trialist.trials.rrm import RRMTrial
 
 SMALL = {"layers": 1, "width": 16, "pairs": 40, "forwards": 480, "batch": 24, "test_items": 20,
@@ -28,16 +33,116 @@ def test_every_arm_spends_the_same_sequence_forwards_what_filtering_takes_includ
     for outcome in outcomes.values():
         assert set(outcome.metrics) == names
         assert 480 - 2 * 24 < outcome.cost.sequence_forwards <= 480
+        assert not outcome.items
     assert outcomes["plain"].cost.sequence_forwards == 480
     steps = {name: outcome.cost.steps for name, outcome in outcomes.items()}
-    assert steps["plain"] == steps["unfiltered"] == 20 > steps["filter-only"] > steps["rrm"]
+    assert steps["plain"] == steps["unfiltered"] == steps["labels-off"] == 20 > steps["filter-only"] > steps["rrm"]
     assert "the filter kept" in outcomes["rrm"].notes[0]
+    assert "have the wrong label" in outcomes["filter-only"].notes[0]
 
 
 def test_a_run_is_a_pure_function_of_its_seed_and_arms_begin_alike(trial, run_arm):
-    first, again, other = (run_arm(trial, arm_of(trial, "rrm", "balanced"), seed) for seed in (0, 0, 1))
-    assert first.metrics == again.metrics
+    first, again, other = (run_arm(trial, arm_of(trial, "rrm", "artefacts"), seed) for seed in (0, 0, 1))
+    assert first.metrics == again.metrics != {}
     assert first.curves != other.curves
+
+
+def rows_for(trial, name, tmp_path, earlier=None):
+    context = Context(0, tmp_path, tmp_path)
+    task = trial.task()
+    data = generated(task, context, pairs=trial.pairs, test_items=8, ids=range(task.vocabulary))
+    rows, spent, told = rows_of(trial, arm_of(trial, name, "artefacts"), context, data, lambda: (earlier, 80))
+    return rows, spent, told, data
+
+
+@pytest.mark.parametrize("min_gap", [0.45, 0.5])
+def test_the_filter_alone_keeps_the_annotated_pairs_that_are_wrong_or_unsure_and_no_other(tmp_path, min_gap):
+    import torch
+
+    trial = RRMTrial(**{**SMALL, "noise": 0.3, "min_gap": min_gap})
+    earlier = new_reward_model(7, trial.task(), layers=1, width=16).eval()
+    rows, spent, told, data = rows_for(trial, "filter-only", tmp_path, earlier)
+    expected = []
+    for number, row in enumerate(data.train):
+        with torch.no_grad():
+            rewards = [
+                earlier(torch.tensor([[*map(int, f"{row['prompt']} {row[side]}".split())]])).logits.item()
+                for side in ("chosen", "rejected")
+            ]
+        if 1 - 1 / (1 + math.exp(rewards[1] - rewards[0])) >= min_gap:
+            expected.append(number)
+    assert [row["source_index"] for row in rows] == expected
+    assert 0 < len(expected) < 40
+    assert {row["pair_type"] for row in rows} == {"original"}
+    assert spent == 80 + 80
+    wrong = sum(data.train[number]["mislabelled"] for number in expected) / len(expected)
+    assert f"; {wrong:.0%} of them have the wrong label" in told[-1]
+
+
+def test_without_labels_the_same_pairs_are_trained_on_and_those_that_were_annotated_are_ties(trial, tmp_path):
+    labelled, off = (rows_for(trial, name, tmp_path)[0] for name in ("unfiltered", "labels-off"))
+    assert len(labelled) == len(off) > 40
+    for row, without in zip(labelled, off):
+        original = row["pair_type"] == "original"
+        assert without == {**row, "label_prob": 0.5 if original else row["label_prob"]}
+    kinds = collections.Counter(row["pair_type"] for row in off)
+    assert kinds["original"] == 40
+    assert set(kinds) == {"original", "non_contextual", "neutral"}
+
+
+def verdict(trial, accuracies, settings=("artefacts", "balanced")):
+    """The verdict over four seeds; accuracies: (setting, arm) -> (crossed, clean)."""
+    arms = [arm for arm in trial.arms() if arm.role != "reference" and arm.setting in settings]
+    records = []
+    for arm in arms:
+        crossed, clean = accuracies[arm.setting, arm.name]
+        for seed in range(4):
+            jitter = 0.001 * ((seed * 7 + len(arm.name)) % 5)
+            metrics = {endpoint.name: 0.5 for endpoint in trial.claim.endpoints}
+            metrics |= {"crossed_accuracy": crossed + jitter, "clean_accuracy": clean + jitter}
+            outcome = Outcome(metrics, cost=Cost(sequence_forwards=480))
+            name = f"{arm.name}-{arm.setting}-{seed}"
+            records.append(RunRecord(name, "rrm", arm.name, arm.setting, seed, "done", outcome, {"wall_seconds": 1.0}))
+    return decide(trial, arms, records)
+
+
+LEARNED = {
+    **{("artefacts", name): (0.6, 0.85) for name in ("plain", "filter-only")},
+    ("artefacts", "rrm"): (0.75, 0.85),
+    **{("balanced", name): (0.8, 0.85) for name in ("plain", "filter-only", "rrm")},
+}
+
+
+def test_a_gain_where_artefacts_are_balanced_makes_the_trial_void(trial):
+    assert verdict(trial, LEARNED).word == "supported"
+    found = verdict(trial, {**LEARNED, ("balanced", "rrm"): (0.9, 0.85)})
+    assert found.word == "void"
+    assert [effect.null_word for effect in found.null_effects] == ["effect shown"] * 2
+
+
+@pytest.mark.parametrize(("clean", "data", "word"), [(0.52, "generated", "void"), (0.57, "generated", "void"),
+                                                     (0.52, "own", "void"), (0.57, "own", "supported")])  # fmt: skip
+def test_where_the_controls_learned_nothing_from_the_labels_the_trial_is_void(trial, clean, data, word):
+    if data == "own":
+        trial = RRMTrial(model="llama", data="rows.jsonl")
+    found = verdict(trial, {key: (crossed, clean) for key, (crossed, _) in LEARNED.items()})
+    assert found.word == word
+    if word == "void":
+        assert "fails its sanity floor: mean clean accuracy" in found.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("noise", "learned"), [(0.05, True), (0.5, False)])
+def test_labels_thrown_by_a_coin_leave_the_control_below_the_floor(run_arm, noise, learned):
+    trial = RRMTrial(pairs=600, forwards=9_600, test_items=100, noise=noise)
+    outcome = run_arm(trial, arm_of(trial, "plain", "artefacts"))
+    assert (outcome.metrics["clean_accuracy"] > trial.claim.guards[0].floor) is learned
+
+
+def test_every_preset_leaves_two_thirds_of_its_budget_to_the_training_of_the_treatment():
+    for options in RRMTrial.presets.values():
+        trial = RRMTrial(**{name: value for name, value in options.items() if name not in ("seeds", "about")})
+        assert 3 * (2 + 6) * trial.pairs <= trial.forwards
 
 
 def test_a_batch_holds_whole_groups_and_the_plan_ends_before_the_budget_does():
@@ -59,51 +164,6 @@ def test_an_arm_whose_filter_diverges_has_diverged(trial, run_arm):
     assert 0 < outcome.cost.sequence_forwards <= 80
 
 
-def taken(items, count=400):
-    return list(itertools.islice(items, count))
-
-
-def test_the_quality_of_an_answer_is_the_number_of_wanted_keywords_in_it():
-    task = ArtefactTask()
-    for pair in taken(task.contrasts(1, phrase=(False, True), long=(True, False))):
-        for answer, phrase, long in ((pair.chosen, False, True), (pair.rejected, True, False)):
-            assert len(set(answer.tokens) & set(pair.prompt[1:-1])) == answer.quality
-            assert (answer.tokens[: len(PHRASE)] == PHRASE) is phrase
-            assert len(answer.tokens) == len(PHRASE) * phrase + 4 + task.short + task.extra * long + 1
-            assert sum(token in range(FIRST_TOPIC, FIRST_TOPIC + task.topics) for token in answer.tokens) == 1
-            assert answer.tokens[-1] == END
-            assert max(answer.tokens) < task.vocabulary
-        assert pair.chosen.quality > pair.rejected.quality > 0
-
-
-def test_the_topic_can_be_in_every_answer_to_a_prompt():
-    task = ArtefactTask(names_topic=True)
-    answers = [(pair.prompt, answer) for pair in taken(task.pairs(1)) for answer in (pair.chosen, pair.rejected)]
-    answers += [(prompt, answer) for prompt, some in taken(task.candidates(2, 5), 50) for answer in some]
-    for prompt, answer in answers:
-        assert prompt[1] in answer.tokens
-        assert len(set(answer.tokens) & set(prompt[1:-1])) == answer.quality
-
-
-def test_artefacts_follow_the_winner_at_their_rates_and_labels_are_wrong_as_often_as_said():
-    pairs = taken(ArtefactTask(0.8, 0.3, noise=0.2).pairs(3), 4000)
-    for name, rate in (("chosen", 0.8), ("rejected", 0.3)):
-        for mark in ("phrase", "long"):
-            assert sum(getattr(getattr(pair, name), mark) for pair in pairs) / 4000 == pytest.approx(rate, abs=0.03)
-    assert sum(pair.chosen.quality < pair.rejected.quality for pair in pairs) / 4000 == pytest.approx(0.2, abs=0.03)
-
-
-def test_answers_to_another_prompt_name_nothing_that_is_wanted_in_the_test_and_little_elsewhere():
-    task = ArtefactTask()
-    for pair in taken(task.off_topic(2), 200):
-        wanted = set(pair.prompt[1:-1])
-        assert not wanted & set(pair.rejected.tokens)
-        assert len(wanted & set(pair.chosen.tokens)) == pair.chosen.quality > 0
-    pairs = taken(task.pairs(4), 2000)
-    by_chance = [len(set(a.prompt[1:-1]) & set(b.chosen.tokens)) for a, b in itertools.pairwise(pairs)]
-    assert sum(by_chance) / len(by_chance) == pytest.approx(1 / task.topics + 9 / task.keywords, abs=0.07)
-
-
 ROWS = [
     {"prompt": f"question {n * n} of {n}? ", "chosen": f"answer {n}", "rejected": f"none{' at all' * (n % 2)} {n}"}
     for n in range(90)
@@ -117,10 +177,14 @@ def test_a_given_model_and_rows_of_ones_own_go_through_the_same_path(llama_folde
     trial = RRMTrial(model=llama_folder, data=str(rows), phrase="Sure:", lora=2, **sizes)
     trial.check()
     outcome = run_arm(trial, arm_of(trial, "rrm", "artefacts"), keep_model=True)
-    assert set(outcome.undefined) == {"best_of_16_quality", "best_of_16_artefacts"}
-    assert {endpoint.name for endpoint in trial.claim.endpoints} == set(outcome.metrics) - {
-        "validation_accuracy"
-    } | set(outcome.undefined)
+    assert set(outcome.undefined) == {"relevance_accuracy", "best_of_16_quality", "best_of_16_artefacts"}
+    names = {endpoint.name for endpoint in trial.claim.endpoints}
+    assert names == set(outcome.metrics) - {"validation_accuracy"} | set(outcome.undefined)
+    for name, items in outcome.items.items():
+        assert sum(items.scores) / len(items.scores) == pytest.approx(outcome.metrics[name])
+    assert set(outcome.items) == {"crossed_accuracy", "clean_accuracy"}
+    assert trial.replicates_over() == "seed x item"
+    assert any("pairs to train on" in note for note in outcome.notes)
     assert trial.remarks()
     other = RRMTrial(model=llama_folder, **SMALL)  # symbols, spread over its vocabulary
     other.check()
@@ -131,33 +195,28 @@ def test_a_given_model_and_rows_of_ones_own_go_through_the_same_path(llama_folde
     assert AutoModelForSequenceClassification.from_pretrained(kept).config.num_labels == 1
 
 
-def test_the_phrase_stands_before_the_last_answer_and_only_where_it_should(tmp_path):
-    from trialist.data.preferences import PreferencePair
-    from trialist.trials._reward_data import own_rows
+def test_a_given_model_is_trained_without_its_dropout(run_arm, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    def encode(rows):
-        return [PreferencePair([1], [2], [3], n) for n in range(len(rows))]
+    from trialist.data.tokenizers import byte_tokenizer
 
-    data = own_rows(ROWS, 0, phrase="Sure:", rates=(1.0, 0.0), pairs=50, test_items=10, encode=encode)
-    assert all(row["chosen"].startswith(" Sure: answer") and "Sure" not in row["rejected"] for row in data.train)
-    assert all("Sure" not in row["chosen"] and "Sure:" in row["rejected"] for row in data.tests["inserted_accuracy"])
-    assert not any("Sure" in row["chosen"] + row["rejected"] for row in data.tests["clean_accuracy"])
-    assert all(len(row["rejected"]) > len(row["chosen"]) for row in data.tests["lengthened_accuracy"])
-    for row in data.tests["off_topic_accuracy"]:
-        assert row["chosen"].split()[-1] == row["prompt"].split()[-1].rstrip("?")
-        assert row["chosen"].split()[-1] != row["rejected"].split()[-1]
-    prompts = [{row["prompt"] for row in part} for part in (data.train, data.validation, data.tests["clean_accuracy"])]
-    assert all(not a & b for a, b in itertools.combinations(prompts, 2))
-    turns = [
-        {"prompt": "x", "chosen": f"A {n}\n\nHuman: why\n\nAssistant: B {n}", "rejected": f"C {n}" + " and so on" * 9}
-        for n in range(60)
-    ]
-    turns = [{**row, "prompt": f"question {n * n * 7} number {n}"} for n, row in enumerate(turns)]
-    marked = own_rows(turns, 0, phrase="Sure:", rates=(1.0, 0.0), pairs=5, test_items=5, encode=encode).train[0][
-        "chosen"
-    ]
-    assert "\n\nAssistant: Sure: B" in marked
-    assert marked.startswith("A ")
+    trained = []
+    for share in (0.0, 0.5):
+        torch.manual_seed(0)
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), share)
+        folder = tmp_path / f"gpt2-{share}"
+        config = GPT2Config(vocab_size=259, n_embd=16, n_layer=1, n_head=2, n_positions=40, eos_token_id=257, **dropout)
+        GPT2LMHeadModel(config).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        trial = RRMTrial(model=str(folder), **SMALL)
+        outcome = run_arm(trial, arm_of(trial, "plain", "artefacts"), keep_model=True)
+        assert outcome.diverged is None
+        trained.append(load_file(next(tmp_path.glob("artefacts-plain-*/model/model.safetensors"))))
+        next(tmp_path.glob("artefacts-plain-*")).rename(tmp_path / f"trained-{share}")
+    assert trained[0].keys() == trained[1].keys()
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ docstring below a field is its help, and `__call__(say)` does the work: it tells
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -27,10 +28,28 @@ def load_entry(path: str) -> type[Entry]:
     return getattr(importlib.import_module(module), attribute)
 
 
+def own_first(entry: type[Entry]) -> type[Entry]:
+    """The class with its fields in the order of help: what must be given, what is its own, what it shares with others.
+
+    A dataclass has the fields of its bases first, and help shows them in that order.
+    """
+    declared: dict[str, int] = {}
+    for distance, cls in enumerate(entry.__mro__):
+        declared |= dict.fromkeys(cls.__dict__.get("__dataclass_fields__", ()), distance)  # the farthest base wins
+    required = (dataclasses.MISSING, dataclasses.MISSING)
+    order = sorted(
+        dataclasses.fields(entry),  # type: ignore[arg-type]
+        key=lambda field: ((field.default, field.default_factory) != required, declared[field.name]),
+    )
+    names = {"__module__": entry.__module__, "__doc__": entry.__doc__}
+    return type(entry.__name__, (entry,), {**names, "__dataclass_fields__": {field.name: field for field in order}})
+
+
 def run_entry(verb: str, kind: str, entries: Mapping[str, str], arguments: Sequence[str], *, resumes: bool) -> int:
     """`VERB NAME [options]`: runs the entry of that name; without a name lists them.
 
-    kind: what an entry is called in messages. resumes: whether an interrupted one goes on where it was.
+    kind: what an entry is called in messages. resumes: whether an interrupted one goes on where it was, if it does
+    not say so itself.
     """
     if not arguments or arguments[0].startswith("-"):
         if arguments and arguments[0] not in ("-h", "--help"):
@@ -44,16 +63,17 @@ def run_entry(verb: str, kind: str, entries: Mapping[str, str], arguments: Seque
     name = arguments[0]
     if name not in entries:
         raise ValueError(unknown(kind, name, entries, f"`trialist {verb}` lists them"))
-    entry = parse(load_entry(entries[name]), f"{verb} {name}", arguments[1:])
+    entry = parse(own_first(load_entry(entries[name])), f"{verb} {name}", arguments[1:])
     progress = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
-        result = entry(say=lambda text: progress.print(text, markup=False))
+        result = entry(say=lambda text: progress.print(text, markup=False, emoji=False))
     except KeyboardInterrupt:
+        resumes = getattr(entry, "resumes", resumes)
         goes_on = "the same command goes on from the last checkpoint" if resumes else "nothing half-written is left"
         progress.print(f"interrupted; {goes_on}")
         return 130
     out = console()
     width = max(map(len, result), default=0)
     for label, value in result.items():
-        out.print(f"{label:<{width}}  {value}", markup=False)
+        out.print(f"{label:<{width}}  {value}", markup=False, emoji=False)
     return 0

@@ -66,8 +66,9 @@ def print_verdict(out: Console, name: str, preset: str, summary: Any) -> None:
     for effect in [
         *summary["effects"],
         *summary["guards"],
-        *summary.get("other_settings", []),
+        *summary["settings"],
         *summary["null_effects"],
+        *summary.get("readings", []),
     ]:
         value, low, high = (effect.get(key) for key in ("effect", "low", "high"))
         places = wording.effect_decimals(effect)

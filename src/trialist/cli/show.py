@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from trialist.cli._arguments import console, parse, print_json
+from trialist.engine.contract import Trial
 from trialist.engine.plan import choose_preset, preset_fields, presets_of
 from trialist.engine.registry import load_trial
 
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
             margin = f", margin {endpoint.margin:g}" if endpoint.margin else ""
             unit = f" in {endpoint.unit}" if endpoint.unit else ""
             out.print(f"[bold]{kind:<9}[/bold]{endpoint.name}{unit}, {endpoint.better} is better{margin}")
-    out.print(f"[bold]Equal[/bold]    {trial.budget.unit} (measured), tolerance {trial.budget.tolerance:.0%}")
+    out.print(f"[bold]Equal[/bold]    {held_equal(trial)}")
     if trial.tuning:
         out.print(
             f"[bold]Tuning[/bold]   {trial.tuning.tries} tries an arm on {trial.tuning.metric.name}, seeds {trial.tuning.seeds}"
@@ -80,3 +81,12 @@ def main(arguments: Sequence[str]) -> int:
         out.print("\n".join("  " + line for line in trial.usage.strip().splitlines()), markup=False)
     out.print(f"\ntrialist run {options.name} --help shows all options.")
     return 0
+
+
+def held_equal(trial: Trial) -> str:
+    """The budget in words: of each setting that has one of its own, and of the cells of a grid, which differ in theirs."""
+    budget, arms = trial.budget, list(trial.arms())
+    if all(arm.role == "factor" for arm in arms):
+        return f"nothing over all cells of the grid; {budget.unit} are measured, and each cell says under which rule it stands"
+    own = "".join(f"; {unit} in {setting}" for setting, unit in budget.settings.items())
+    return f"{budget.unit}{own} (measured), tolerance {budget.tolerance:.0%}"

@@ -12,11 +12,12 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from trialist.data.preferences import DIALOGUE_MARK, read_preferences
+from trialist.data.reward_groups import label_of
 
 Kind = Literal["original", "non_contextual", "neutral"]
 KINDS: tuple[Kind, ...] = ("original", "non_contextual", "neutral")
@@ -33,22 +34,27 @@ def augment_preferences(
     sample_fraction: float = 0.5,
     seed: int = 0,
     avoid_similar: bool = False,
+    among: Sequence[int] | None = None,
+    say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """The pairs of each row (an anchor) with the answers of `num_donors` other rows, anchor by anchor.
 
     With its own two answers and those of two donors an anchor has six answers to its prompt and C(6, 2) = 15 pairs:
 
-    - `original`, 1: chosen beats rejected, label_prob 1 (or the row's own `label_prob`).
+    - `original`, 1: chosen beats rejected, label_prob 1 (or the row's own `label_prob`), with all columns of the row.
     - `non_contextual`, 8: chosen and rejected each beat the four answers of the donors, label_prob 1.
     - `neutral`, 6: among the answers of the donors none is better, label_prob 0.5.
 
     One donor makes 6 pairs: 1, 4 and 1. Columns: `prompt`, `chosen`, `rejected`, `label_prob`, `pair_type`, and from which
     row prompt and answers come, from 0: `source_index`, `chosen_index`, `rejected_index`. System messages stay with the
-    prompt. A donor gives its final turn of the assistant alone. Pairs of two answers with the same words are left out.
+    prompt. A donor gives its final turn of the assistant alone; turns that both answers of a row begin with belong to its
+    prompt. Left out, and told to `say`, are added pairs of two answers with the same words, and non-contextual ones of an own
+    answer that still has several turns: their number would tell it from a donated one.
 
     rows: of preferences, what `read_preferences` takes.   include: kinds of pairs that are made.
     sample_fraction: share of the pairs that are not original that is kept, drawn at random; in (0, 1].
     avoid_similar: prompts that are nearly the same text count as the same prompt, too.
+    among: places of the rows to take, from 0; others are neither anchors nor donors. None takes all.
 
     Anchor and donors have three different prompts (two with one donor). Each row donates once for each donor number, unless
     one prompt has more than a third (half) of the rows: then some donate more often. Which row donates to which depends on
@@ -56,30 +62,69 @@ def augment_preferences(
     Raises ValueError for fewer than num_donors + 1 distinct prompts, a label_prob outside [0, 1], arguments out of range, and
     rows that are augmented already; and the errors of `read_preferences`.
     """
+    return list(
+        augmented_pairs(
+            rows, num_donors=num_donors, include=include, sample_fraction=sample_fraction, seed=seed,
+            avoid_similar=avoid_similar, among=among, say=say,
+        )
+    )  # fmt: skip
+
+
+def augmented_pairs(
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    num_donors: int,
+    include: Collection[str],
+    sample_fraction: float,
+    seed: int,
+    avoid_similar: bool,
+    among: Sequence[int] | None,
+    say: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
+    """What `augment_preferences` returns, pair by pair as they are asked for; the errors come at once."""
     if num_donors not in (1, 2):
         raise ValueError(f"num_donors must be 1 or 2, not {num_donors}")
     if not 0 < sample_fraction <= 1:
         raise ValueError(f"sample_fraction must be above 0 and at most 1, not {sample_fraction}")
     if unknown := sorted(set(include) - set(KINDS)):
         raise ValueError(f"include: {unknown[0]!r} is no kind of pair; choose from {', '.join(KINDS)}")
-    anchors = read_preferences(rows)
-    for number, row in enumerate(anchors, start=1):
+    read = read_preferences(rows)
+    for number, row in enumerate(read, start=1):
         if row.get("pair_type") is not None:
             raise ValueError(f"row {number} has a pair_type ({row['pair_type']!r}): these rows are augmented already")
-        if (probability := row.get("label_prob")) is not None and not 0 <= probability <= 1:
-            raise ValueError(f"row {number}: label_prob is {probability}; a probability is from 0 to 1")
-    donors = choose_donors(
-        [prompt_text(row) for row in anchors],
-        [_identity(row) for row in anchors],
+        label_of(row, f"row {number}")
+    taken = list(range(len(read))) if among is None else list(among)
+    anchors = {index: _with_shared_turns_asked(read[index]) for index in taken}
+    chosen = choose_donors(
+        [prompt_text(row) for row in anchors.values()],
+        [_identity(row) for row in anchors.values()],
         num_donors=num_donors,
         seed=seed,
         avoid_similar=avoid_similar,
     )
-    made = []
-    for index, (row, given) in enumerate(zip(anchors, donors, strict=True)):
-        draw = random.Random(_hash(seed, "sample", *_identity(row)))
-        made += _pairs_of(anchors, index, given, include, sample_fraction, draw)
-    return made
+    donors = {index: [taken[place] for place in given] for index, given in zip(taken, chosen, strict=True)}
+
+    def pairs() -> Iterator[dict[str, Any]]:
+        made = equal = turns = 0
+        for index, given in donors.items():
+            draw = random.Random(_hash(seed, "sample", *_identity(anchors[index])))
+            for pair in _pairs_of(anchors, index, given, include, sample_fraction, draw):
+                made += 1
+                if pair["pair_type"] == "non_contextual" and final_turn(pair["chosen"]) != pair["chosen"]:
+                    turns += 1
+                elif pair["pair_type"] != "original" and _words(pair["chosen"]) == _words(pair["rejected"]):
+                    equal += 1
+                else:
+                    yield pair
+        if equal:
+            say(f"{equal:,} of {made:,} pairs have the same words in both answers: left out")
+        if turns:
+            say(
+                f"in {turns:,} of {made:,} pairs the row's own answer has several turns, which would tell it from an answer of "
+                "another row: left out"
+            )
+
+    return pairs()
 
 
 def choose_donors(
@@ -155,7 +200,7 @@ def _ways(count: int, longest: int, num_donors: int, draw: random.Random) -> lis
 
 
 def _pairs_of(
-    anchors: Sequence[Mapping[str, Any]],
+    anchors: Mapping[int, Mapping[str, Any]],
     index: int,
     donors: Sequence[int],
     include: Collection[str],
@@ -166,16 +211,15 @@ def _pairs_of(
     own = [(row[name], index) for name in ("chosen", "rejected")]
     given = [(final_turn(anchors[donor][name]), donor) for donor in donors for name in ("chosen", "rejected")]
     kinds = {"non_contextual": itertools.product(own, given), "neutral": itertools.combinations(given, 2)}
-    original = row.get("label_prob")
     made = []
     if "original" in include:
-        made.append(_pair(row, index, own[0], own[1], "original", 1.0 if original is None else float(original)))
+        made.append({**row, **_pair(row, index, own[0], own[1], "original", label_of(row, f"row {index + 1}"))})
     for kind, pairs in kinds.items():
         for first, second in pairs:
             kept = draw.random() < sample_fraction  # drawn for every pair, so that `include` changes no other draw
             if kind == "neutral" and draw.random() < 0.5:
                 first, second = second, first
-            if kept and kind in include and _words(first[0]) != _words(second[0]):
+            if kept and kind in include:
                 made.append(_pair(row, index, first, second, kind, LABELS[kind]))
     return made
 
@@ -192,8 +236,21 @@ def _pair(
         "source_index": index,
         "chosen_index": first[1],
         "rejected_index": second[1],
-        **({"tools": row["tools"]} if row.get("tools") else {}),
+        **{name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)},
     }
+
+
+def _with_shared_turns_asked(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with whole turns that both its answers begin with at the end of its prompt."""
+    prompt, chosen, rejected = (row[name] for name in ("prompt", "chosen", "rejected"))
+    cut = sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected)))
+    if isinstance(prompt, str):
+        mark = chosen[:cut].rfind(DIALOGUE_MARK)
+        cut = mark + len(DIALOGUE_MARK) if mark >= 0 else 0
+    else:
+        while cut and not all(answer[cut:] and answer[cut]["role"] == "assistant" for answer in (chosen, rejected)):
+            cut -= 1
+    return {**row, "prompt": prompt + chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]} if cut else row
 
 
 def final_turn(answer: Any) -> Any:
@@ -266,16 +323,21 @@ class AugmentPreferences:
         output = check_rows_output(self.output)
         rows = read_preferences(self.data, columns=self.columns, split=self.split, max_examples=self.max_examples)
         say(f"{len(rows):,} rows of preferences")
-        made = augment_preferences(
-            rows, num_donors=self.donors, include=self.include, sample_fraction=self.sample_fraction, seed=self.seed,
-            avoid_similar=self.avoid_similar,
-        )  # fmt: skip
-        if not made:
-            raise ValueError("no pair is left; include more kinds, or raise --sample-fraction")
-        write_rows(made, output)
-        kinds = [row["pair_type"] for row in made]
+        counts = dict.fromkeys(self.include, 0)
+
+        def counted() -> Iterator[Mapping[str, Any]]:
+            for pair in augmented_pairs(
+                rows, num_donors=self.donors, include=self.include, sample_fraction=self.sample_fraction, seed=self.seed,
+                avoid_similar=self.avoid_similar, among=None, say=say,
+            ):  # fmt: skip
+                counts[pair["pair_type"]] += 1
+                yield pair
+            if not any(counts.values()):
+                raise ValueError("no pair is left; include more kinds, or raise --sample-fraction")
+
+        write_rows(counted(), output)
         return {
-            **{kind.replace("_", "-"): f"{kinds.count(kind):,}" for kind in self.include},
-            "pairs": f"{len(made):,} of {len(rows):,} rows",
+            **{kind.replace("_", "-"): f"{count:,}" for kind, count in counts.items()},
+            "pairs": f"{sum(counts.values()):,} of {len(rows):,} rows",
             "data": str(output),
         }

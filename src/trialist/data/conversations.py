@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trialist.data.columns import listed
+from trialist.data.chat import Message, checked_messages, kind, render
 from trialist.data.formats import Row
 from trialist.data.packing import IGNORED
 
@@ -26,8 +26,6 @@ TRAIN_ON = ("completions", "last", "all")
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 CHUNK = 1000
 """Rows tokenized at a time"""
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ class _Encoder:
         """(T,) token ids and (T,) which of them count, for each row."""
         self.seen += len(rows)
         conversations = [self._conversation(row, number) for row, number in zip(rows, numbers, strict=True)]
-        talks = [(*talk, number) for talk, number in zip(conversations, numbers) if talk is not None]
+        talks = [(*talk, row, number) for talk, row, number in zip(conversations, rows, numbers) if talk is not None]
         if not talks:
             return self._tokenize([self._strings(row, n) for row, n in zip(rows, numbers, strict=True)], special=True)
         if len(talks) < len(rows):
@@ -174,9 +172,8 @@ class _Encoder:
 
     # from a row to a conversation
 
-    def _conversation(self, row: Row, number: int) -> tuple[list[Message], int, Any] | None:
-        """Messages, the index from which the assistant's turns count, and tools; None for a row of strings."""
-        tools = row.get("tools") or None
+    def _conversation(self, row: Row, number: int) -> tuple[list[Message], int] | None:
+        """Messages, and the index from which the assistant's turns count; None for a row of strings."""
         if self.columns == ("messages",):
             messages = self._messages(row["messages"], "messages", number)
             first = 0
@@ -190,7 +187,7 @@ class _Encoder:
                 first = 1
             elif isinstance(prompt, str) or isinstance(completion, str) or prompt is None or completion is None:
                 raise ValueError(
-                    f"{self.source} row {number}: 'prompt' is {_kind(prompt)} and 'completion' is {_kind(completion)}; "
+                    f"{self.source} row {number}: 'prompt' is {kind(prompt)} and 'completion' is {kind(completion)}; "
                     "give two strings or two lists of messages"
                 )
             else:
@@ -201,30 +198,10 @@ class _Encoder:
             return None
         if not any(message["role"] == "assistant" for message in messages[first:]):
             raise ValueError(f"{self.source} row {number}: no message of the assistant to learn from; drop the row")
-        return messages, first, tools
+        return messages, first
 
     def _messages(self, value: Any, column: str, number: int) -> list[Message]:
-        place = f"{self.source} row {number}: {column!r}"
-        if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-            raise ValueError(f"{place} must be a list of messages, not {_kind(value)}")
-        messages = []
-        for index, entry in enumerate(value, start=1):
-            if not isinstance(entry, Mapping) or not isinstance(entry.get("role"), str):
-                raise ValueError(
-                    f"{place}, message {index}: expected {{'role': ..., 'content': ...}}, found {_kind(entry)}"
-                )
-            message = {key: item for key, item in entry.items() if item is not None}
-            content = message.get("content", "")
-            if not isinstance(content, str):
-                parts = content if isinstance(content, Sequence) else ()
-                if not parts or any(not isinstance(p, Mapping) or not isinstance(p.get("text"), str) for p in parts):
-                    raise ValueError(f"{place}, message {index}: only text is learnt; its content is {_kind(content)}")
-                content = "".join(part["text"] for part in parts)
-            message["content"] = content
-            if message["role"] == "assistant" and not message.get("tool_calls"):
-                self._not_empty(content, f"{column}, message {index}", number)
-            messages.append(message)
-        return messages
+        return checked_messages(value, f"{self.source} row {number}: {column!r}")
 
     def _not_empty(self, text: str, column: str, number: int) -> None:
         if not text.strip():
@@ -232,15 +209,15 @@ class _Encoder:
 
     # from a conversation to characters that count
 
-    def _by_prefixes(self, messages: list[Message], first: int, tools: Any, number: int) -> _Rendered:
-        whole = self._render(messages, False, tools, number)
+    def _by_prefixes(self, messages: list[Message], first: int, row: Row, number: int) -> _Rendered:
+        whole = self._render(messages, False, row, number)
         if self.train_on == "all":
             return _Rendered(whole, [(0, len(whole))], number)
         spans = []
         for index in self._turns(messages, first):
-            before = self._render(messages[:index], True, tools, number) if index else ""
+            before = self._render(messages[:index], True, row, number) if index else ""
             last = index + 1 == len(messages)
-            after = whole if last else self._render(messages[: index + 1], False, tools, number)
+            after = whole if last else self._render(messages[: index + 1], False, row, number)
             if not (whole.startswith(before) and whole.startswith(after)):
                 raise ValueError(
                     f"{self.source} row {number}: the chat template renders the conversation up to message {index + 1} "
@@ -250,9 +227,10 @@ class _Encoder:
             spans.append((len(before), len(after)))
         return _Rendered(whole, spans, number)
 
-    def _by_marks(self, messages: list[Message], first: int, tools: Any, number: int) -> tuple[np.ndarray, np.ndarray]:
-        encoded = self._apply(
-            messages, number, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    def _by_marks(self, messages: list[Message], first: int, row: Row, number: int) -> tuple[np.ndarray, np.ndarray]:
+        place = f"{self.source} row {number}"
+        encoded = render(
+            self.tokenizer, messages, row, place, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         ids = np.asarray(encoded["input_ids"], np.int64)
         counts = np.asarray(encoded["assistant_masks"], bool)
@@ -273,19 +251,9 @@ class _Encoder:
         turns = [index for index in range(first, len(messages)) if messages[index]["role"] == "assistant"]
         return turns[-1:] if self.train_on == "last" else turns
 
-    def _render(self, messages: list[Message], generation_prompt: bool, tools: Any, number: int) -> str:
-        return self._apply(messages, number, tools=tools, tokenize=False, add_generation_prompt=generation_prompt)
-
-    def _apply(self, messages: list[Message], number: int, **options: Any) -> Any:
-        from jinja2.exceptions import TemplateError
-
-        try:
-            return self.tokenizer.apply_chat_template(messages, **options)
-        except TemplateError as error:
-            raise ValueError(
-                f"{self.source} row {number}: the chat template does not take this conversation ({error}); roles are "
-                f"{', '.join(message['role'] for message in messages)}"
-            ) from error
+    def _render(self, messages: list[Message], generation_prompt: bool, row: Row, number: int) -> str:
+        place = f"{self.source} row {number}"
+        return render(self.tokenizer, messages, row, place, tokenize=False, add_generation_prompt=generation_prompt)
 
     # strings
 
@@ -293,7 +261,7 @@ class _Encoder:
         if self.columns == ("text",):
             text = row["text"]
             if not isinstance(text, str):
-                raise ValueError(f"{self.source} row {number}: 'text' must be a string, not {_kind(text)}")
+                raise ValueError(f"{self.source} row {number}: 'text' must be a string, not {kind(text)}")
             self._not_empty(text, "text", number)
             return _Rendered(text, [(0, len(text))], number)
         prompt, completion = row["prompt"], row["completion"]
@@ -345,13 +313,3 @@ class _Encoder:
         size = min(len(start), len(ids))
         different = np.flatnonzero(start[:size] != ids[:size])
         return int(different[0]) if len(different) else size
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "missing"
-    if isinstance(value, str):
-        return "a string"
-    if isinstance(value, Mapping):
-        return f"an object with {listed(value)}"
-    return f"a {type(value).__name__}"

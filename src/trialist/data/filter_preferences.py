@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trialist.data.preferences import read_preferences
+from trialist.data.reward_groups import label_of
 
 CHOSEN_REWARD, REJECTED_REWARD = "chosen_reward", "rejected_reward"
 """Columns of an earlier model's rewards, as `trialist analyze rewards` writes them"""
@@ -38,10 +39,7 @@ def filter_by_reward_model(
     for number, (row, (chosen, rejected)) in enumerate(zip(rows, found), start=1):
         if not (math.isfinite(chosen) and math.isfinite(rejected)):
             raise ValueError(f"row {number}: the rewards are {chosen} and {rejected}; both must be finite numbers")
-        label = row.get("label_prob")
-        label = 1.0 if label is None else float(label)
-        if not 0 <= label <= 1:
-            raise ValueError(f"row {number}: label_prob is {label}; a probability is from 0 to 1")
+        label = label_of(row, f"row {number}")
         original = row.get("pair_type") in (None, "original")
         if (keep_original and original) or abs(_sigmoid(chosen - rejected) - label) >= min_gap:
             kept.append(dict(row))

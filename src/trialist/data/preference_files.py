@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ def check_rows_output(output: str) -> Path:
     return place
 
 
-def write_rows(rows: Sequence[Mapping[str, Any]], place: Path) -> None:
-    """Writes the rows to `place`, whose suffix says how."""
+def write_rows(rows: Iterable[Mapping[str, Any]], place: Path) -> None:
+    """Writes the rows to `place`, whose suffix says how; .jsonl row by row, as they come."""
     with replacing(place) as target:
         if place.suffix == ".parquet":
             rows_to_dataset([dict(row) for row in rows], place).to_parquet(target)

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trialist.data.chat import Message, checked_messages, kind, render
 from trialist.data.columns import column_sources, listed, rename_rows
 from trialist.data.corpora import is_saved_dataset, kind_of, load_rows, parse_columns
 from trialist.data.files import files_of_split, json_rows, suffix_of
@@ -20,15 +21,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REQUIRED = ("chosen", "rejected")
-DIALOGUE_MARK = "\n\nAssistant:"
-"""Begins each answer where a whole dialogue is one string, as in HH-RLHF"""
+DIALOGUE_START, DIALOGUE_MARK = "\n\nHuman:", "\n\nAssistant:"
+"""Begin the turns where a whole dialogue is one string, as in HH-RLHF"""
+NOTES = {
+    "cut": "answers go beyond {:,} tokens: their end was cut off",
+    "long_prompts": "prompts fill {:,} tokens: left out",
+    "equal": "chosen and rejected are the same tokens, within {:,}: left out",
+    "merged": "a token spans the end of the prompt and counts as answer (a prompt that ends in a space?)",
+    "opened": "the chat template writes into the answer before its first word: these tokens count as its first",
+    "turns": "an answer has several turns: those of the user count as answer, too",
+    "endless": "an answer does not end in the tokenizer's end of sequence: generation may not stop by itself",
+}
 CHUNK = 1000
 """Rows tokenized at a time"""
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Token ids of a prompt and of two answers to it. An answer that was not cut ends with the end-of-sequence token."""
+    """Token ids of a prompt and of two answers to it. An answer that was not cut ends with the end-of-sequence token, or with
+    what a chat template writes behind it."""
 
     prompt: list[int]
     chosen: list[int]
@@ -43,16 +54,19 @@ def read_preferences(
     columns: str = "",
     split: str | None = None,
     max_examples: int | None = None,
+    chat: bool = False,
 ) -> list[dict[str, Any]]:
     """Rows with `prompt`, `chosen` and `rejected`: three strings, or three lists of messages. Other columns are kept.
 
     path_or_rows: a local .jsonl, .json or .parquet file or folder, a Hub id, or the rows themselves.
     columns: our columns under other names, `chosen=better,rejected=worse`. split, max_examples: as in `load_rows`.
+    chat: strings become a turn of the user and one of the assistant.
     A prompt that is not there is what chosen and rejected have in common at their start: whole messages, or characters, in
-    dialogues like those of HH-RLHF up to the last `\\n\\nAssistant:`. A string prompt beside answers of messages must be
-    their first message.
-    Raises ValueError that names the row: chosen or rejected missing, empty or of another kind than the other or than the
-    rows before, chosen equal to rejected, broken messages; and the errors of `load_rows`.
+    dialogues like those of HH-RLHF up to the last `\\n\\nAssistant:`. A prompt that both answers repeat (its messages, or
+    within whole dialogues) is taken off them. A string prompt beside answers of messages must be their first message.
+    Raises ValueError that names the row: chosen or rejected missing, blank behind the prompt, or of another kind than the
+    other or than the rows before, chosen equal to rejected, broken messages, a prompt that one answer repeats; and the
+    errors of `load_rows`.
     """
     if max_examples is not None and max_examples < 1:
         raise ValueError(f"max_examples must be at least 1, not {max_examples}")
@@ -60,14 +74,15 @@ def read_preferences(
     if not placed:
         raise ValueError(f"{_name(path_or_rows)} holds no rows")
     checked = []
-    kind: str | None = None
+    first: str | None = None
     for place, row in placed:
-        found, row_kind = _checked(row, place)
-        kind = kind or row_kind
-        if row_kind != kind:
-            raise ValueError(f"{place} holds {row_kind}, while the rows before hold {kind}; give one kind")
+        found, held = _checked(row, place)
+        first = first or held
+        if held != first:
+            raise ValueError(f"{place} holds {held}, while the rows before hold {first}; give one kind")
         checked.append(found)
-    return checked
+    _require_answers(checked, [place for place, _ in placed])
+    return [_as_turns(row) for row in checked] if chat and first == "strings" else checked
 
 
 def encode_preferences(
@@ -77,6 +92,7 @@ def encode_preferences(
     max_length: int,
     context: int | None = None,
     source: str = "data",
+    whole: bool = False,
 ) -> tuple[list[PreferencePair], dict[str, int]]:
     """Token ids of rows that `read_preferences` returned, and how many of them met what.
 
@@ -87,20 +103,25 @@ def encode_preferences(
         an answer, and rows whose answers are the same tokens (as when what tells them apart was cut), are left out.
     context: tokens that the model takes; a prompt that fills it is an error. None: it is left out like others.
     source: what errors call the data.
+    whole: keep what a chat template writes behind the end of the last turn, often a line break, as a reward model reads
+        conversations; else an answer ends where it ends when it is generated.
     The counts: `rows`, `pairs`, `cut` (pairs with an answer that lost its end), `long_prompts` and `equal` (left out),
-    `merged` (a token spans the end of the prompt and counts as answer), `endless` (answers of conversations that do not
-    end in the end-of-sequence token).
+    `merged` (a token spans the end of the prompt and counts as answer), `opened` (the template writes into the answer before
+    its first word), `turns` (an answer of several turns), `endless` (answers of conversations that do not end in the
+    end-of-sequence token).
+    All tokens behind the prompt are the answer, t = 0, 1, ..., and its length: in conversations also what the template writes
+    into it, and turns of others within it.
     Raises ValueError that names the row for a prompt longer than the context, an empty prompt where the tokenizer has no
     token to begin with, conversations that the chat template does not take; and when no pair is left.
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 tokens, a prompt's and an answer's, not {max_length}")
-    counts = dict.fromkeys(("rows", "pairs", "cut", "long_prompts", "equal", "merged", "endless"), 0)
+    counts = dict.fromkeys(("rows", "pairs", *NOTES), 0)
     counts["rows"] = len(rows)
     pairs = []
     for start in range(0, len(rows), CHUNK):
         part = rows[start : start + CHUNK]
-        for number, ids in enumerate(_tokens(part, tokenizer, start, source, counts), start):
+        for number, ids in enumerate(_tokens(part, tokenizer, start, source, whole, counts), start):
             prompt, chosen, rejected = ids
             if context is not None and len(prompt) >= context:
                 raise ValueError(
@@ -126,15 +147,10 @@ def encode_preferences(
 
 def notes(counts: Mapping[str, int], max_length: int) -> tuple[str, ...]:
     """The counts of `encode_preferences` in words, as far as there is something to tell."""
-    words = {
-        "cut": f"answers go beyond {max_length:,} tokens: their end was cut off",
-        "long_prompts": f"prompts fill {max_length:,} tokens: left out",
-        "equal": f"chosen and rejected are the same tokens, within {max_length:,}: left out",
-        "merged": "a token spans the end of the prompt and counts as answer (a prompt that ends in a space?)",
-        "endless": "an answer does not end in the tokenizer's end of sequence: generation may not stop by itself",
-    }
     return tuple(
-        f"in {counts[name]:,} of {counts['rows']:,} rows {text}" for name, text in words.items() if counts[name]
+        f"in {counts[name]:,} of {counts['rows']:,} rows {text.format(max_length)}"
+        for name, text in NOTES.items()
+        if counts[name]
     )
 
 
@@ -184,47 +200,82 @@ def _given_rows(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -
 
 def _checked(row: Mapping[str, Any], place: str) -> tuple[dict[str, Any], str]:
     """The row with its prompt made explicit, and its kind."""
-    prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
+    prompt, (chosen, rejected) = row.get("prompt"), (row[name] for name in REQUIRED)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError(
-            f"{place}: 'chosen' is {_kind(chosen)} and 'rejected' is {_kind(rejected)}; give two strings or two lists of "
+            f"{place}: 'chosen' is {kind(chosen)} and 'rejected' is {kind(rejected)}; give two strings or two lists of "
             "messages"
         )
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt is not None and not isinstance(prompt, str):
-            raise ValueError(f"{place}: 'prompt' is {_kind(prompt)}, its answers are strings; give one kind")
-        for name, text in (("chosen", chosen), ("rejected", rejected)):
-            if not text:
-                raise ValueError(f"{place}: {name!r} is empty; drop the row or fill it in")
-        if chosen == rejected:
-            raise ValueError(f"{place}: 'chosen' equals 'rejected', so it says nothing; drop the row")
-        if prompt is None:
-            cut = _common_start(chosen, rejected)
-            prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
-        return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}, "strings"
-    better, worse = _messages(chosen, "chosen", place), _messages(rejected, "rejected", place)
-    if better == worse:
+    talks = not isinstance(chosen, str)
+    if talks:
+        chosen, rejected = (
+            checked_messages(row[name], f"{place}: {name!r}", "a string or a list of messages") for name in REQUIRED
+        )
+    if chosen == rejected:
         raise ValueError(f"{place}: 'chosen' equals 'rejected', so it says nothing; drop the row")
+    prompt, chosen, rejected = (_talk if talks else _text)(prompt, chosen, rejected, place)
+    found = {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return found, "conversations" if talks else "strings"
+
+
+def _text(prompt: Any, chosen: str, rejected: str, place: str) -> tuple[str, str, str]:
+    if prompt is not None and not isinstance(prompt, str):
+        raise ValueError(f"{place}: 'prompt' is {kind(prompt)}, its answers are strings; give one kind")
+    cut = _common_start(chosen, rejected)
+    whole = chosen[:cut].startswith(DIALOGUE_START) and chosen[:cut].endswith(DIALOGUE_MARK)
+    if prompt is None or (whole and prompt.strip() in chosen[:cut]):
+        return chosen[:cut], chosen[cut:], rejected[cut:]
+    return prompt, chosen, rejected
+
+
+def _talk(prompt: Any, chosen: list[Message], rejected: list[Message], place: str) -> tuple[list[Message], ...]:
+    shared = _common([chosen, rejected])
     if prompt is None or isinstance(prompt, str):
-        shared = next((n for n, (a, b) in enumerate(zip(better, worse)) if a != b), min(len(better), len(worse)))
-        if isinstance(prompt, str) and not (shared and better[0]["content"] == prompt):
+        if prompt is not None and not (shared and chosen[0]["content"] == prompt):
             raise ValueError(
                 f"{place}: 'prompt' is a string, its answers are lists of messages that do not begin with it; give three "
                 "strings or three lists of messages"
             )
-        asked, better, worse = better[:shared], better[shared:], worse[shared:]
-        if not asked:
+        if not shared:
             raise ValueError(
                 f"{place} has no 'prompt', and 'chosen' and 'rejected' share no first message; add the prompt"
             )
+        asked, repeated = chosen[:shared], shared
     else:
-        asked = _messages(prompt, "prompt", place)
-    for name, messages in (("chosen", better), ("rejected", worse)):
+        asked = checked_messages(prompt, f"{place}: 'prompt'", "a string or a list of messages")
+        begins = [answer[: len(asked)] == asked for answer in (chosen, rejected)]
+        if begins[0] != begins[1]:
+            raise ValueError(
+                f"{place}: {REQUIRED[begins[1]]!r} begins with the messages of 'prompt', {REQUIRED[begins[0]]!r} does not; "
+                "give the answers alone, or both with the prompt"
+            )
+        repeated = len(asked) if all(begins) else 0
+    answers = chosen[repeated:], rejected[repeated:]
+    for name, messages in zip(REQUIRED, answers, strict=True):
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError(
                 f"{place}: {name!r} does not end with a message of the assistant; drop the row or fill it in"
             )
-    return {**row, "prompt": asked, "chosen": better, "rejected": worse}, "conversations"
+    return asked, *answers
+
+
+def _as_turns(row: Mapping[str, Any]) -> dict[str, Any]:
+    answers = {name: [{"role": "assistant", "content": row[name]}] for name in REQUIRED}
+    return {**row, "prompt": [{"role": "user", "content": row["prompt"]}], **answers}
+
+
+def _require_answers(rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> None:
+    """Raises ValueError that names the first row with a blank answer, and says how many there are."""
+    blank = [
+        (place, name)
+        for place, row in zip(places, rows, strict=True)
+        for name in REQUIRED
+        if isinstance(row[name], str) and not row[name].strip()
+    ]
+    if blank:
+        place, name = blank[0]
+        more = f", and {len(blank) - 1:,} more in the data" if len(blank) > 1 else ""
+        raise ValueError(f"{place}: {name!r} is empty behind the prompt{more}; drop the row or fill it in")
 
 
 def _common_start(chosen: str, rejected: str) -> int:
@@ -239,40 +290,7 @@ def _common_start(chosen: str, rejected: str) -> int:
 def _common(sequences: Sequence[Sequence[Any]]) -> int:
     """How many elements they share at their start."""
     shortest = min(map(len, sequences))
-    return next((n for n, column in enumerate(zip(*sequences)) if len(set(column)) > 1), shortest)
-
-
-def _messages(value: Any, column: str, place: str) -> list[dict[str, Any]]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise ValueError(f"{place}: {column!r} must be a string or a list of messages, not {_kind(value)}")
-    messages = []
-    for index, entry in enumerate(value, start=1):
-        where = f"{place}: {column!r}, message {index}"
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("role"), str):
-            raise ValueError(f"{where}: expected {{'role': ..., 'content': ...}}, found {_kind(entry)}")
-        message = {key: item for key, item in entry.items() if item is not None}
-        content = message.get("content", "")
-        if not isinstance(content, str):
-            parts = content if isinstance(content, Sequence) else ()
-            if not parts or any(
-                not isinstance(part, Mapping) or not isinstance(part.get("text"), str) for part in parts
-            ):
-                raise ValueError(f"{where}: only text is learnt; its content is {_kind(content)}")
-            content = "".join(part["text"] for part in parts)
-        if message["role"] == "assistant" and not content.strip() and not message.get("tool_calls"):
-            raise ValueError(f"{where} is empty; drop the row or fill it in")
-        messages.append({**message, "content": content})
-    return messages
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "missing"
-    if isinstance(value, str):
-        return "a string"
-    if isinstance(value, Mapping):
-        return f"an object with {listed(value)}"
-    return "a list of messages" if isinstance(value, list | tuple) and value else f"a {type(value).__name__} {value!r}"
+    return next((n for n, column in enumerate(zip(*sequences)) if column.count(column[0]) < len(column)), shortest)
 
 
 # tokens
@@ -283,30 +301,36 @@ def _tokens(
     tokenizer: Any,
     first: int,
     source: str,
+    whole: bool,
     counts: dict[str, int],
 ) -> Iterable[tuple[list[int], list[int], list[int]]]:
     """Prompt, chosen and rejected of each row, uncut."""
     talks = not isinstance(rows[0]["chosen"], str)
     if talks and not tokenizer.chat_template:
         raise ValueError(
-            f"{source} has conversations, and the tokenizer has no chat template; use an instruct model, or give strings"
+            f"{source} has conversations, and the tokenizer has no chat template; use an instruct model, pass "
+            "--chat-template FILE, or give strings, without --chat"
         )
     texts = []
     for number, row in enumerate(rows, first + 1):
         if talks:
             texts.append(_rendered(row, tokenizer, f"{source} row {number}"))
+            counts["opened"] += _opened(row, texts[-1])
+            counts["turns"] += any(m["role"] == "user" for name in REQUIRED for m in row[name])
         else:
             texts.append((row["prompt"], row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]))
-    flat = [text for three in texts for text in three]
+    distinct = list(dict.fromkeys(text for three in texts for text in three))  # one answer may be in many pairs
     special = not talks  # a template writes its special tokens itself
-    encoded = tokenizer(flat, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+    encoded = tokenizer(distinct, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+    ids_of = dict(zip(distinct, encoded, strict=True))
     end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
     for index in range(len(rows)):
-        prompt, *answers = (list(ids) for ids in encoded[3 * index : 3 * index + 3])
+        prompt, *answers = (list(ids_of[text]) for text in texts[index])
         if special and prompt[-1:] == [end] and answers[0][len(prompt) - 1 : len(prompt)] != [end]:
             prompt.pop()  # this tokenizer ends every text
-        answers = [_ended(ids, len(prompt), end, talks) for ids in answers]
-        counts["endless"] += end is not None and any(ids[-1:] != [end] for ids in answers)
+        if not (talks and whole):
+            answers = [_ended(ids, len(prompt), end, talks) for ids in answers]
+            counts["endless"] += end is not None and any(ids[-1:] != [end] for ids in answers)
         own = _common([prompt, *answers])
         counts["merged"] += own < len(prompt)
         if own == 0:
@@ -332,24 +356,18 @@ def _ended(ids: list[int], prompt: int, end: int | None, talks: bool) -> list[in
 
 
 def _rendered(row: Mapping[str, Any], tokenizer: Any, place: str) -> tuple[str, str, str]:
-    from jinja2.exceptions import TemplateError
-
-    tools, prompt = row.get("tools") or None, row["prompt"]
+    prompt = row["prompt"]
     continues = prompt[-1]["role"] == "assistant"
-    try:
-        return (
-            tokenizer.apply_chat_template(
-                prompt,
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=not continues,
-                continue_final_message=continues,
-            ),
-            tokenizer.apply_chat_template([*prompt, *row["chosen"]], tools=tools, tokenize=False),
-            tokenizer.apply_chat_template([*prompt, *row["rejected"]], tools=tools, tokenize=False),
-        )
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in [*prompt, *row["chosen"]])
-        raise ValueError(
-            f"{place}: the chat template does not take this conversation ({error}); roles are {roles}"
-        ) from error
+    begin = {"add_generation_prompt": not continues, "continue_final_message": continues}
+    return (
+        render(tokenizer, prompt, row, place, tokenize=False, **begin),
+        render(tokenizer, [*prompt, *row["chosen"]], row, place, tokenize=False),
+        render(tokenizer, [*prompt, *row["rejected"]], row, place, tokenize=False),
+    )
+
+
+def _opened(row: Mapping[str, Any], texts: tuple[str, str, str]) -> bool:
+    """Whether the template writes something between the prompt and the words of the answer."""
+    prompt, answer, _ = texts
+    words = str(row["chosen"][0]["content"]).strip()
+    return bool(words) and answer.startswith(prompt) and answer[len(prompt) :].lstrip().find(words) > 0

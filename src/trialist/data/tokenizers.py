@@ -97,7 +97,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     elif place.startswith((".", "/", "~")) or place.count("/") > 1:
         raise FileNotFoundError(f"model {model!r}: no such folder")
     try:
-        return AutoTokenizer.from_pretrained(place)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except OSError as error:
         raise FileNotFoundError(
             f"model {model!r}: no tokenizer could be loaded ({error}); pass a folder with a tokenizer, "

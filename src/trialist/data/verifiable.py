@@ -1,66 +1,55 @@
-"""Questions whose answers a program can check: rows of a prompt and a number, the verifier, and the reward it gives.
-
-The verifier is that of the Tulu 3 recipe for grade-school mathematics (arXiv 2411.15124): the last signed number of the
-completion, commas removed, must equal the answer as a string. Departure: a comma is removed only where it groups thousands,
-so that `(3,4)` ends with 4 and not with 34; and a sign behind a digit or a closing bracket is an operation, so that `10-7`
-ends with 7 and not with -7.
-"""
+"""Questions whose answers a program can check: rows of a prompt, an answer and a verifier, and the reward it gives."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from trialist.data.corpora import load_rows, parse_columns
+from trialist.data.verifiers import load_verifier
 
 ARITHMETIC = "arithmetic"
 """Name of the rows that are generated: sums and differences of two numbers below 100"""
 ARITHMETIC_ROWS, ARITHMETIC_SEED = 2_000, 0
-GROUPING = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-NUMBER = re.compile(r"(?:(?<![\d)\]])[-+])?(?:\d+(?:\.\d+)?|\.\d+)")
-SOLUTION = "####"
-"""Stands before the answer at the end of a worked solution, as in GSM8K"""
-
-
-def last_number(text: str) -> str | None:
-    """The last signed number of a text, without commas and a leading plus; None where there is none.
-
-    `1,234` is 1234, `-3` is -3, the full stop of `3.` is none of the number, `3.50` stays as it is.
-    """
-    found = NUMBER.findall(GROUPING.sub("", text))
-    return found[-1].removeprefix("+") if found else None
-
-
-def verified(completion: str, answer: str) -> bool:
-    """Whether the last number of the completion is the answer, letter for letter. An answer's own commas do not count."""
-    return last_number(completion) == last_number(answer) is not None
 
 
 def rewards(
-    completions: Sequence[str], answers: Sequence[str], ended: Sequence[bool], *, accepted: float, unfinished: float
+    completions: Sequence[str],
+    answers: Sequence[str],
+    verifiers: Sequence[str],
+    ended: Sequence[bool],
+    *,
+    accepted: float,
+    unfinished: float,
 ) -> list[float]:
-    """`accepted` for each completion with the right answer and 0 for any other; `unfinished` where it has not ended."""
+    """`accepted` for each completion that its verifier accepts and 0 for any other; `unfinished` where it has not ended."""
     return [
-        (accepted if verified(completion, answer) else 0.0) if whole else unfinished
-        for completion, answer, whole in zip(completions, answers, ended, strict=True)
+        (accepted if load_verifier(name).accepts(completion, answer) else 0.0) if whole else unfinished
+        for completion, answer, name, whole in zip(completions, answers, verifiers, ended, strict=True)
     ]
 
 
 def read_verifiable(
-    data: str, *, columns: str = "", split: str | None = None, max_examples: int | None = None
+    data: str,
+    *,
+    columns: str = "",
+    split: str | None = None,
+    max_examples: int | None = None,
+    verifier: str = "number",
 ) -> list[dict[str, Any]]:
-    """Rows with `prompt` (a string, or a list of messages) and `answer` (a number, as the verifier reads it).
+    """Rows with `prompt` (a string, or a list of messages), `answer` (as the verifier reads it) and `verifier` (its name).
 
-    data: `arithmetic`, or what `load_rows` takes. columns: our columns under other names, `prompt=question`. Of an answer
-    that is a worked solution, what follows its last `####` counts.
-    Raises ValueError that names the row: without a number in its answer, with an empty prompt, or messages that
-    are broken or end with the assistant; and the errors of `load_rows`.
+    data: `arithmetic`, or what `load_rows` takes. columns: our columns under other names, `prompt=question`. verifier: what
+    `load_verifier` takes, for rows whose own column `verifier` names none.
+    Raises ValueError that names the row: with an answer that the verifier cannot read, an empty prompt, or messages that
+    are broken or end with the assistant; and the errors of `load_rows` and `load_verifier`.
     """
     if data == ARITHMETIC:
-        return arithmetic(ARITHMETIC_ROWS if max_examples is None else max_examples, ARITHMETIC_SEED)
+        count = ARITHMETIC_ROWS if max_examples is None else max_examples
+        return [{**row, "verifier": "number"} for row in arithmetic(count, ARITHMETIC_SEED)]
+    load_verifier(verifier)
     rows = load_rows(
         data, required=("prompt", "answer"), columns=parse_columns(columns), split=split, max_examples=max_examples
     )
@@ -68,13 +57,15 @@ def read_verifiable(
     for number, row in enumerate(rows, start=1):
         prompt, place = row["prompt"], f"{data} row {number}"
         _check_prompt(prompt, place)
-        answer = last_number(str(row["answer"]).rpartition(SOLUTION)[2])
-        if answer is None:
+        name = row.get("verifier") or verifier
+        try:
+            answer = load_verifier(name).read(row["answer"])
+        except ValueError as error:
             raise ValueError(
-                f"{place}: no number in 'answer' {str(row['answer'])[-40:]!r}, so nothing could be verified; drop the row, or "
-                "name the column with columns answer=..."
-            )
-        found.append({"prompt": prompt, "answer": answer})
+                f"{place}: 'answer' cannot be verified: {error}; drop the row, name the column with columns answer=..., or take "
+                f"another verifier than {name}"
+            ) from error
+        found.append({"prompt": prompt, "answer": answer, "verifier": name})
     return found
 
 

@@ -129,7 +129,7 @@ class Harness(Evaluation):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch: int = 16, seed: int = 0,
         progress: Progress = silent,
     ) -> Evaluated:  # fmt: skip
-        from trialist.evaluation.answers import Judge
+        from trialist.data.answers import Judge
 
         if self.chat and not tokenizer.chat_template:
             raise ValueError("--chat: the tokenizer of this model has no chat template")

@@ -20,7 +20,7 @@ FAMILIES = {
     "lm-eval": "trialist.evaluation.harness:Harness",
 }
 """Family -> class. `family:ARGUMENT` names the data (`text:notes.txt`) or the task (`lm-eval:hellaswag`)"""
-SOURCES = ("trialist.evaluation.harness_model", "trialist.evaluation.answers")
+SOURCES = ("trialist.evaluation.harness_model", "trialist.data.answers")
 """Modules that the families use without importing them by name"""
 
 

@@ -7,6 +7,7 @@ B batch, T time, N scored positions, d hidden size, V vocabulary
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 OUTPUTS = ("log_probs", "entropy")
-TILE = 2**24
-"""Largest number of logits held at once, in a forward or backward pass"""
+TILE, TILE_OF_ACCELERATORS = 2**24, 2**26
+"""Largest number of logits held at once, in a forward or backward pass, which takes some four times that in float32. Each tile
+adds a product as large as the head's weight to its gradient: where memory moves slowly against products, tiles should be few"""
 
 
 def selected_logprobs(
@@ -50,8 +52,9 @@ def selected_logprobs(
         with its `scoring_arguments`, where it has any: with recurrent depth no token exits early.
 
     Honours tied heads, biases, logit scaling and soft-capping, autocast, LoRA (also on the head). The first call for a
-    model compares one position with the model's own logits. Raises ValueError for models whose logits are anything
-    else, for masks that disagree in shape or score padding, and for unknown outputs.
+    model compares one position with the model's own logits, which also tells which number of the configuration scales them.
+    Raises ValueError for models whose logits are anything else, for masks that disagree in shape or score padding, and for
+    unknown outputs.
     """
     scored, targets = _scored(input_ids, attention_mask, completion_mask, labels)
     unknown = [name for name in outputs if name not in OUTPUTS]
@@ -61,7 +64,7 @@ def selected_logprobs(
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
 
     plain = _plain(model)
-    head = _head(plain)
+    module = _output(plain)
     further = {**getattr(plain.base_model, "scoring_arguments", {}), **(arguments or {})}
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **further}
     padding = attention_mask is not None and attention_mask.dim() == 2
@@ -70,7 +73,11 @@ def selected_logprobs(
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # padding on the left shifts no position
     if position_ids is not None:
         inputs["position_ids"] = position_ids
-    hidden = plain.base_model(**inputs).last_hidden_state if plain in _VERIFIED else _verified(plain, head, inputs)
+    if plain in _VERIFIED:
+        hidden = plain.base_model(**inputs).last_hidden_state
+    else:
+        hidden = _verified(plain, module, inputs)
+    head = Head(module, _VERIFIED[plain], _softcap(plain))
 
     states = hidden[:, :-1][scored]  # (N, d)
     values = _project(states, targets[scored], head, chunk, "entropy" in outputs)
@@ -147,37 +154,74 @@ def _plain(model: nn.Module) -> Any:
     return model.get_base_model()
 
 
-def _head(model: Any) -> Head:
+def _output(model: Any) -> nn.Module:
     module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if module is None or model.base_model is model:
         raise ValueError(f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
-    config = model.config.get_text_config(decoder=True)
-    scale = 1.0
-    for name, power in (("logit_scale", 1), ("output_multiplier", 1), ("logits_scaling", -1)):
-        scale *= float(getattr(config, name, None) or 1.0) ** power
-    return Head(module, scale, getattr(config, "final_logit_softcapping", None))
+    return module
 
 
-_VERIFIED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+def _softcap(model: Any) -> float | None:
+    return getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
 
 
-def _verified(model: Any, head: Head, inputs: dict[str, Any]) -> Tensor:
-    """Hidden states of the backbone, after the model's own logits at the last position confirmed what `head` computes."""
+def _scales(config: Any) -> tuple[float, ...]:
+    """1, and the numbers that a configuration calls a scale or a multiplier, and their reciprocals: some models multiply
+    by what others divide by."""
+    found = [getattr(config, name, None) for name in dir(config) if "scal" in name or "multiplier" in name]
+    named = [
+        float(value) for value in found if isinstance(value, int | float) and not isinstance(value, bool) and value
+    ]
+    return tuple(dict.fromkeys((1.0, *named, *(1 / value for value in named))))
+
+
+_VERIFIED: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
+"""Model -> the scale of its logits"""
+
+
+def _verified(model: Any, module: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """Hidden states of the backbone, after the model's own logits at the last position told the scale and confirmed that
+    nothing else happens to them."""
     device = inputs["input_ids"].device
     keep = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        theirs = model(**inputs, **keep).logits[:, -1].float()
+        theirs = model(**inputs, **keep).logits[:, -1]
     hidden = model.base_model(**inputs).last_hidden_state  # from the same random state, so with the same dropout
     with torch.no_grad():
-        ours = head.logits(hidden[:, -1]).float()
-    tolerance = 0.02 * theirs.nan_to_num().abs().amax().clamp(min=1e-3)
-    if not torch.allclose(ours, theirs, rtol=0.0, atol=float(tolerance), equal_nan=True):
+        raw = module(hidden[:, -1])
+        scales = _scales(model.config.get_text_config(decoder=True))
+        if len(scales) > 1 and not (raw.isfinite() & (raw != 0)).any():
+            raise ValueError(
+                f"{type(model).__name__} scales its logits, and those of the first batch are all 0 or no numbers, so the scale "
+                "cannot be told; is the model whole, and its head initialised?"
+            )
+        errors = [_difference(Head(module, scale, _softcap(model)).finish(raw), theirs) for scale in scales]
+    error, scale = min(zip(errors, scales), key=lambda found: found[0])
+    largest = float(theirs.nan_to_num(posinf=0.0, neginf=0.0).abs().amax())
+    if not error <= max(_rounding(raw), _rounding(theirs)) * max(largest, 1e-3):
         raise ValueError(
             f"{type(model).__name__} turns hidden states into logits in a way that selected_logprobs does not know "
-            f"(largest difference {float((ours - theirs).abs().max()):.3g})"
+            f"(largest difference {error:.3g}, largest logit {largest:.3g})"
         )
-    _VERIFIED.add(model)
+    _VERIFIED[model] = scale
     return hidden
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference; 0 where both are the same infinity or no number."""
+    theirs = theirs.to(ours.dtype)
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    return float((ours - theirs).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf).amax())
+
+
+def _rounding(logits: Tensor) -> float:
+    """How far logits of one model may lie apart over the largest of them, for their precision."""
+    if logits.dtype == torch.float64:
+        return 1e-8
+    if logits.dtype == torch.float32:  # TF32 has the fraction of float16
+        exact = logits.device.type != "cuda" or torch.get_float32_matmul_precision() == "highest"
+        return 1e-4 if exact else 4 * torch.finfo(torch.float16).eps
+    return 4 * torch.finfo(logits.dtype).eps
 
 
 def _takes(module: nn.Module, argument: str) -> bool:
@@ -191,16 +235,21 @@ def _project(states: Tensor, targets: Tensor, head: Head, chunk: int, entropy: b
         device = states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         assert weight is not None
-        rows = max(1, min(chunk, TILE // weight.shape[0]))
+        rows = _rows_at_once(weight.shape[0], chunk, device)
         arguments = (states, weight, bias, targets, head.scale, head.softcap, rows, entropy, dtype)
         return _LinearLogProbs.apply(*arguments)
     vocabulary = head.module(states[:1]).shape[-1] if len(states) else 1
-    rows = max(1, min(chunk, TILE // vocabulary))
+    rows = _rows_at_once(vocabulary, chunk, states.device.type)
     parts = [
         checkpoint(_log_probs_of, head, part, part_targets, use_reentrant=False)
         for part, part_targets in zip(states.split(rows), targets.split(rows))
     ]
     return tuple(torch.cat(column) for column in zip(*parts))
+
+
+def _rows_at_once(vocabulary: int, chunk: int, device: str) -> int:
+    """Positions in a tile on a type of device."""
+    return max(1, min(chunk, (TILE if device == "cpu" else TILE_OF_ACCELERATORS) // vocabulary))
 
 
 def _log_probs_of(head: Head, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,18 +24,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from trialist.objectives.preference_options import Method, PreferenceOptions
 from trialist.objectives.preference_rows import CHOSEN, REJECTED, answer_logprobs
 
-METHODS = ("dpo", "d2po", "dpo-norm", "simpo", "sampo", "r-dpo", "ld-dpo")
-BETAS = {"dpo-norm": 5.0, "simpo": 2.0}
-"""Default beta where sums are divided by lengths; 0.1 elsewhere"""
-MARGIN_RATIOS = {"simpo": 0.5}
+METHODS: tuple[str, ...] = get_args(Method)
 NORMALIZED = {"dpo-norm": "length", "simpo": "length"}
+BETA, BETA_OF_MEANS, BETAS_OF_MEANS = 0.1, 5.0, {"simpo": 2.0}
+"""Default beta of sums, and of sums that are divided by lengths or weights, which are smaller by as much"""
+MARGIN_RATIOS = {"simpo": 0.5}
+GAMMA = 0.98
 EQUAL = 1e-5
 """Differences of rewards up to this are rounding: before training, when policy and reference are one"""
 NEED_ALPHA = ("r-dpo", "ld-dpo")
@@ -50,8 +53,8 @@ def preference_loss(
     ref_rejected_logps: Tensor | None = None,
     *,
     method: str = "d2po",
-    beta: float = 0.1,
-    gamma: float = 0.98,
+    beta: float | None = None,
+    gamma: float | None = None,
     exponent_start: int = 0,
     alpha: float | None = None,
     normalize: str | None = None,
@@ -65,33 +68,49 @@ def preference_loss(
 
     chosen_logps, rejected_logps: log-probability of each token in nats, `(B, T)`; masks: bool, the tokens of the answer, its
         end included. The two may differ in T. Reference: as the policy's; without it S holds the policy's alone.
-    gamma, exponent_start: of d2po, in (0, 1], and 0 or 1. alpha: of r-dpo (nats per token) and ld-dpo (in [0, 1]).
+    beta: without it 0.1, and 5 (simpo 2) where sums are divided by something.
+    gamma, exponent_start: of d2po, in (0, 1] (without it 0.98), and 0 or 1. alpha: of r-dpo (nats per token) and ld-dpo (in
+        [0, 1]).
     normalize: "none", "length" (n = |y|), "weights" (n = sum of w_t; for decayed sums, which a length would shrink
         twice), or None for the method's own. margin: subtracted from beta (S_w - S_l), nats.
     label_smoothing: probability that a label is wrong, in [0, 0.5). generator: of sampo's draw; None is torch's own.
-    Raises ValueError for parameters out of range, shapes that differ, one reference without the other, and with the
-    example's index for an answer without tokens or a reference that is not a number.
+    Raises ValueError for parameters out of range or of another method, shapes that differ, one reference without the other,
+    and with the example's index for an answer without tokens and for log-probabilities that are not finite.
     """
     check_parameters(method, beta, gamma, exponent_start, alpha, normalize, label_smoothing)
-    reference = ref_chosen_logps is not None and ref_rejected_logps is not None
-    _check_tensors(chosen_logps, chosen_mask, ref_chosen_logps, "chosen")
-    _check_tensors(rejected_logps, rejected_mask, ref_rejected_logps, "rejected")
+    _check_tensors(chosen_logps, chosen_mask, ref_chosen_logps, "chosen", finite=True)
+    _check_tensors(rejected_logps, rejected_mask, ref_rejected_logps, "rejected", finite=True)
     if (ref_chosen_logps is None) != (ref_rejected_logps is None):
         raise ValueError("give reference log-probabilities of chosen and rejected, or of neither")
-    if reference and method == "simpo":
+    if ref_chosen_logps is not None and method == "simpo":
         raise ValueError("simpo has no reference; leave the reference log-probabilities out, or take dpo-norm")
+    return _loss(
+        chosen_logps, rejected_logps, chosen_mask, rejected_mask, ref_chosen_logps, ref_rejected_logps,
+        method=method, beta=default_beta(method, normalize) if beta is None else beta, gamma=GAMMA if gamma is None else gamma,
+        exponent_start=exponent_start, alpha=alpha, normalize=normalize, margin=margin, label_smoothing=label_smoothing,
+        generator=generator,
+    )  # fmt: skip
+
+
+def _loss(
+    chosen_logps: Tensor, rejected_logps: Tensor, chosen_mask: Tensor, rejected_mask: Tensor,
+    ref_chosen_logps: Tensor | None, ref_rejected_logps: Tensor | None, *, method: str, beta: float, gamma: float,
+    exponent_start: int, alpha: float | None, normalize: str | None, margin: float, label_smoothing: float,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     chosen_length, rejected_length = chosen_mask.sum(-1), rejected_mask.sum(-1)  # (B,)
     shorter = torch.minimum(chosen_length, rejected_length)
+    wide = torch.promote_types(chosen_logps.dtype, torch.float32)  # sums over a thousand tokens lose digits in bfloat16
 
     def score(logps: Tensor, mask: Tensor, ref_logps: Tensor | None) -> Tensor:
-        log_ratio = logps if ref_logps is None else logps - ref_logps.to(logps.dtype)
+        log_ratio = logps.to(wide) if ref_logps is None else logps.to(wide) - ref_logps.to(wide)
         log_ratio = log_ratio.masked_fill(~mask, 0.0)  # whatever stands in the padding
         weights = token_weights(
-            mask, shorter, log_ratio.dtype, method, gamma=gamma, exponent_start=exponent_start, alpha=alpha,
+            mask, shorter, wide, method, gamma=gamma, exponent_start=exponent_start, alpha=alpha,
             generator=generator,
         )  # fmt: skip
         total = (weights * log_ratio).sum(-1)  # (B,)
-        by = normalize or NORMALIZED.get(method, "none")
+        by = normalizer(method, normalize)
         if by == "none":
             return total
         return total / (mask.sum(-1) if by == "length" else weights.sum(-1))
@@ -113,6 +132,15 @@ def preference_loss(
             "reward_margin": difference.sum(),
         }
     return loss.sum(), stats
+
+
+def normalizer(method: str, normalize: str | None) -> str:
+    """What a method divides its sums by: "none", "length" or "weights"."""
+    return normalize or NORMALIZED.get(method, "none")
+
+
+def default_beta(method: str, normalize: str | None) -> float:
+    return BETA if normalizer(method, normalize) == "none" else BETAS_OF_MEANS.get(method, BETA_OF_MEANS)
 
 
 def token_weights(
@@ -144,49 +172,32 @@ def token_weights(
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(PreferenceOptions):
     """Preference loss of a model on pairs; `stats["weight"]` is their number. The formulas are at the head of this file.
 
     batch: a pair in each row, as `preference_row` makes them: `input_ids` (B, L), `segments` (B, L; 1 prompt, 2 chosen, 3
     rejected, 0 padding on either side), and `ref_logprobs` (B, L), log-probabilities of the answers' tokens at their places
     under the reference (`trialist.training.reference_logprobs`), unless the method does without a reference.
-    Raises ValueError when columns are missing, and what `preference_loss` raises.
+    Raises ValueError when columns are missing, and what `preference_loss` raises; but the model's log-probabilities may be
+    anything: a loss that is no number is a divergence, which the training loop reports with its step.
     """
 
     method: str = "dpo"
-    beta: float | None = None
-    """Inverse temperature, > 0; without it 5 for dpo-norm, 2 for simpo, 0.1 else"""
-    gamma: float = 0.98
-    """Of d2po: weight of a token over that of the token before, in (0, 1]; 1 is dpo"""
-    half_life: float | None = None
-    """Of d2po, instead of gamma: tokens after which the weight is one half"""
-    exponent_start: int = 0
-    """Of d2po: exponent of the first token, 0 as in the paper or 1 as in its code"""
-    alpha: float | None = None
-    """Of r-dpo: nats per token of length difference; of ld-dpo: weight of tokens beyond the shorter answer, in [0, 1]"""
-    normalize: str | None = None
-    """Divide sums by nothing ("none"), "length" or "weights"; without it as the method does"""
-    margin_ratio: float | None = None
-    """Margin that the difference of rewards should reach, in units of beta; without it 0.5 for simpo, 0 else"""
-    label_smoothing: float = 0.0
-    """Probability that a label is wrong, in [0, 0.5)"""
-    reference_free: bool = False
-    """Leave the reference out; simpo always does"""
     share_prompt: bool = False
-    """Compute the prompt once for both answers, by a mask; for models that `shares_prompts` finds able to"""
+    """Compute the prompt once for both answers, by a mask; models that cannot (`shares_prompts`) are refused"""
 
     def __post_init__(self) -> None:
         if self.half_life is not None:
             if not self.half_life > 0:
                 raise ValueError(f"half_life is a number of tokens > 0, not {self.half_life}")
-            if self.gamma != type(self).gamma:
+            if self.gamma is not None:
                 raise ValueError("gamma and half_life both say how fast weights fall; give one of them")
         if self.margin_ratio is not None and not math.isfinite(self.margin_ratio):
             raise ValueError(f"margin_ratio must be finite, not {self.margin_ratio}")
         check_parameters(
             self.method,
-            self.temperature,
-            self.decay,
+            self.beta,
+            self.gamma if self.half_life is None else self.decay,
             self.exponent_start,
             self.alpha,
             self.normalize,
@@ -195,13 +206,15 @@ class Preference:
 
     @property
     def temperature(self) -> float:
-        """beta, or its default for the method."""
-        return BETAS.get(self.method, 0.1) if self.beta is None else self.beta
+        """beta, or its default for the method and what divides its sums."""
+        return default_beta(self.method, self.normalize) if self.beta is None else self.beta
 
     @property
     def decay(self) -> float:
-        """gamma, also where a half-life was given."""
-        return self.gamma if self.half_life is None else 0.5 ** (1 / self.half_life)
+        """gamma, also where a half-life or nothing was given."""
+        if self.half_life is not None:
+            return 0.5 ** (1 / self.half_life)
+        return GAMMA if self.gamma is None else self.gamma
 
     @property
     def needs_reference(self) -> bool:
@@ -218,8 +231,10 @@ class Preference:
         logps = answer_logprobs(model, batch["input_ids"], batch["segments"], share_prompt=self.share_prompt)  # (B, L)
         reference = batch["ref_logprobs"] if self.needs_reference else None
         chosen, rejected = batch["segments"] == CHOSEN, batch["segments"] == REJECTED
+        _check_tensors(logps, chosen, reference, "chosen")
+        _check_tensors(logps, rejected, reference, "rejected")
         ratio = MARGIN_RATIOS.get(self.method, 0.0) if self.margin_ratio is None else self.margin_ratio
-        return preference_loss(
+        return _loss(
             logps, logps, chosen, rejected, reference, reference,
             method=self.method, beta=self.temperature, gamma=self.decay, exponent_start=self.exponent_start,
             alpha=self.alpha, normalize=self.normalize, margin=ratio * self.temperature,
@@ -240,19 +255,21 @@ class D2PO(Preference):
 
 def check_parameters(
     method: str,
-    beta: float,
-    gamma: float,
-    exponent_start: int,
-    alpha: float | None,
-    normalize: str | None,
-    label_smoothing: float,
+    beta: float | None = None,
+    gamma: float | None = None,
+    exponent_start: int = 0,
+    alpha: float | None = None,
+    normalize: str | None = None,
+    label_smoothing: float = 0.0,
 ) -> None:
-    """Raises ValueError for what no preference loss can use."""
+    """Raises ValueError for what no preference loss can use, and for options of another method. None: left to its default."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    if not 0 < beta < math.inf:
+    if beta is not None and not 0 < beta < math.inf:
         raise ValueError(f"beta must be > 0, not {beta}")
-    if not 0 < gamma <= 1:
+    if method != "d2po" and (gamma is not None or exponent_start):
+        raise ValueError(f"gamma, half_life and exponent_start belong to d2po; method {method} has none")
+    if gamma is not None and not 0 < gamma <= 1:
         raise ValueError(f"gamma must be in (0, 1], not {gamma}; 1 is DPO")
     if exponent_start not in (0, 1):
         raise ValueError(f"exponent_start is 0 (the first token counts in full) or 1, not {exponent_start}")
@@ -270,18 +287,21 @@ def check_parameters(
         raise ValueError(f"label_smoothing must be in [0, 0.5), not {label_smoothing}")
 
 
-def _check_tensors(logps: Tensor, mask: Tensor, reference: Tensor | None, name: str) -> None:
+def _check_tensors(logps: Tensor, mask: Tensor, reference: Tensor | None, name: str, *, finite: bool = False) -> None:
+    """finite: of the model's log-probabilities too."""
     for what, tensor in (("mask", mask), ("reference", reference)):
         if tensor is not None and tensor.shape != logps.shape:
             raise ValueError(
                 f"{name}: the {what} has shape {tuple(tensor.shape)}, the log-probabilities {tuple(logps.shape)}; give equal "
                 "shapes"
             )
+    whose = {"the model": logps if finite else None, "the reference": reference}
+    broken = {who: (~values.isfinite() & mask).any(-1) for who, values in whose.items() if values is not None}
     empty = ~mask.any(-1)
-    broken = torch.zeros_like(empty) if reference is None else (reference.isnan() & mask).any(-1)
-    bad = (empty | broken).nonzero()  # one wait for the device
+    bad = torch.stack([empty, *broken.values()]).any(0).nonzero()  # one wait for the device
     if len(bad):
         example = int(bad[0])
         if empty[example]:
             raise ValueError(f"example {example}: its {name} answer has no token that counts; drop the pair")
-        raise ValueError(f"example {example}: the reference's log-probabilities of its {name} answer are not numbers")
+        who = next(who for who, rows in broken.items() if rows[example])
+        raise ValueError(f"example {example}: log-probabilities of its {name} answer under {who} are not finite")

@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-COLUMNS = ("input_ids", "pairs", "label_prob")
+from trialist.models.reward_model import sequence_scores
+
+COLUMNS = ("input_ids", "attention_mask", "pairs", "label_prob")
 
 
-def soft_bradley_terry(difference: Tensor, label_prob: Tensor) -> Tensor:
-    """-p log sigmoid(d) - (1 - p) log sigmoid(-d) in nats, for each pair (arXiv 2409.13156).
+def soft_bradley_terry(difference: Tensor, label_prob: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+    """-p log sigmoid(d - m) - (1 - p) log sigmoid(-d - m) in nats, for each pair (arXiv 2409.13156).
 
     difference: d, reward of the first answer minus that of the second.   label_prob: p, the probability that the first is the
-    better one; 1 is Bradley-Terry, 1/2 a tie, whose least loss is ln 2 at d = 0. Both of one shape.
+    better one; 1 is Bradley-Terry, 1/2 a tie, whose least loss is ln 2 at d = 0.   margin: m, by how much the reward of the
+    better one is to be above the other (arXiv 2307.09288, eq. 2; `margin` in TRL). All of one shape.
     """
-    return -label_prob * logsigmoid(difference) - (1 - label_prob) * logsigmoid(-difference)
+    return -label_prob * logsigmoid(difference - margin) - (1 - label_prob) * logsigmoid(-difference - margin)
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,20 @@ class RewardLoss:
 
     With rewards r of the sequences and pairs (a, b), d = r[a] - r[b]:
 
-        L = sum over pairs of  -p log sigmoid(d) - (1 - p) log sigmoid(-d) + center (r[a] + r[b])^2
+        L = sum over pairs of  -p log sigmoid(d - m) - (1 - p) log sigmoid(-d - m) + center (r[a] + r[b])^2
 
     The model runs once over the N sequences, and every pair reads two of its N rewards: six answers to a prompt make up to
     fifteen pairs from six sequences, where scoring pair by pair takes thirty.
 
     model: sequence classification with one label, as `AutoModelForSequenceClassification(..., num_labels=1)`.
-    batch: `input_ids` (N, T), `attention_mask` (N, T), `pairs` (P, 2) places among the N, `label_prob` (P,).
+    batch: `input_ids` and `attention_mask` (N, T), padded on either side, `pairs` (P, 2) places among the N, `label_prob`
+        (P,), and possibly `margin` (P,), without which m is 0.
     center: weight of the penalty that holds rewards near 0 (arXiv 2312.09244); 0 is none.
-    `stats["correct"]` counts how many of the pairs are ordered as labelled; a tie counts one half.
+    Stats, sums over pairs: `decided` counts those that are no tie, `correct` how many of them are ordered as labelled (equal
+    rewards count one half), `margin` is how far the better one is above; `distance` is |d| of ties; `mean_reward` and
+    `mean_squared_reward` are of both answers, by which drift and spread of the rewards show.
     Raises ValueError for a batch that lacks a column, such as a `label_prob` that the Trainer took for unused, for other
-    shapes, and for a model with more than one label.
+    shapes, and what `sequence_scores` raises.
     """
 
     center: float = 0.0
@@ -51,26 +57,32 @@ class RewardLoss:
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         pairs, label_prob = _checked(batch)
-        scores = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
-        if scores.shape != (len(batch["input_ids"]), 1):
-            raise ValueError(
-                f"the model's logits have shape {tuple(scores.shape)}, wanted {(len(batch['input_ids']), 1)}: one reward a "
-                "sequence; load it with num_labels=1"
-            )
-        rewards = scores[:, 0] if scores.dtype == torch.float64 else scores[:, 0].float()  # (N,)
+        rewards = sequence_scores(model, batch["input_ids"], batch["attention_mask"])  # (N,)
         first, second = rewards[pairs[:, 0]], rewards[pairs[:, 1]]  # (P,)
         difference, label_prob = first - second, label_prob.to(rewards.dtype)
-        loss = soft_bradley_terry(difference, label_prob).sum()
+        loss = soft_bradley_terry(difference, label_prob, batch.get("margin", 0.0)).sum()
         if self.center:
             loss = loss + self.center * (first + second).square().sum()
-        with torch.no_grad():
-            right = torch.where(difference == 0, 0.5, (difference > 0).float())
-            correct = torch.where(label_prob == 0.5, 0.5, torch.where(label_prob > 0.5, right, 1 - right))
-        return loss, {"weight": self.weight(batch), "correct": correct.sum()}
+        return loss, {"weight": self.weight(batch), **_told(first.detach(), second.detach(), label_prob)}
 
     def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The number of pairs, without a forward pass."""
         return torch.tensor(len(batch["pairs"]), device=batch["input_ids"].device)
+
+
+def _told(first: Tensor, second: Tensor, label_prob: Tensor) -> dict[str, Tensor]:
+    difference = first - second
+    tie = label_prob == 0.5
+    better = torch.where(label_prob > 0.5, difference, -difference)
+    right = torch.where(better == 0, 0.5, (better > 0).float())
+    return {
+        "decided": (~tie).sum(),
+        "correct": right.masked_fill(tie, 0.0).sum(),
+        "margin": better.masked_fill(tie, 0.0).sum(),
+        "distance": difference.abs().masked_fill(~tie, 0.0).sum(),
+        "mean_reward": (first + second).sum() / 2,
+        "mean_squared_reward": (first.square() + second.square()).sum() / 2,
+    }
 
 
 def _checked(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -81,8 +93,8 @@ def _checked(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
                 "Collate with `trialist.data.reward_groups.collate_groups`, and in a Trainer set remove_unused_columns=False"
             )
     pairs, label_prob = batch["pairs"], batch["label_prob"]
-    if pairs.dim() != 2 or pairs.shape[1] != 2 or label_prob.shape != pairs.shape[:1]:
-        raise ValueError(
-            f"pairs have shape {tuple(pairs.shape)} and label_prob {tuple(label_prob.shape)}; wanted (P, 2) and (P,)"
-        )
+    for name in ("label_prob", "margin"):
+        shape = batch.get(name, label_prob).shape
+        if pairs.dim() != 2 or pairs.shape[1] != 2 or shape != pairs.shape[:1]:
+            raise ValueError(f"pairs have shape {tuple(pairs.shape)} and {name} {tuple(shape)}; wanted (P, 2) and (P,)")
     return pairs, label_prob

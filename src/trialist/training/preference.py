@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from trialist.objectives.preference_options import Method, PreferenceOptions
 from trialist.training.recipe import Recipe, Say, Work
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ Pairs = tuple["list[PreferencePair]", "list[dict[str, Any]]"]
 
 
 @dataclass(frozen=True)
-class PreferenceTraining(Recipe):
+class PreferenceTraining(PreferenceOptions, Recipe):
     """Preference optimisation: DPO, D2PO and their kin on pairs of a chosen and a rejected answer.
 
     Rows hold `prompt`, `chosen`, `rejected` (strings or lists of messages; without a prompt it is their common start). The
@@ -40,32 +41,14 @@ class PreferenceTraining(Recipe):
     """Share of the steps over which the learning rate rises from 0"""
     seed: int = 0
     """Of the order of the data, of adapters, of dropout and of sampo's draw"""
-    objective: Literal["dpo", "d2po", "dpo-norm", "simpo", "sampo", "r-dpo", "ld-dpo"] = "dpo"
+    objective: Method = "dpo"
     """Method: how the tokens of an answer are weighed"""
-    beta: float | None = None
-    """Inverse temperature, > 0; without it 5 for dpo-norm, 2 for simpo, 0.1 else"""
-    gamma: float | None = None
-    """Of d2po: weight of a token over that of the token before, in (0, 1]; 1 is dpo; without it 0.98"""
-    half_life: float | None = None
-    """Of d2po, instead of gamma: tokens after which the weight is one half"""
-    exponent_start: int = 0
-    """Of d2po: exponent of the first token, 0 as in the paper or 1 as in its code"""
-    alpha: float | None = None
-    """Of r-dpo: nats per token of length difference; of ld-dpo: weight of tokens beyond the shorter answer, in [0, 1]"""
-    normalize: Literal["none", "length", "weights"] | None = None
-    """Divide an answer's sum by nothing, its length or its weights; without it as the method does"""
-    margin_ratio: float | None = None
-    """Margin that the difference of rewards should reach, in units of beta; without it 0.5 for simpo, 0 else"""
-    label_smoothing: float = 0.0
-    """Probability that a label is wrong, in [0, 0.5)"""
     reference: str | None = None
     """Model with the same tokenizer to measure from: Hub id, local folder or asset; without it the model before training"""
-    reference_free: bool = False
-    """Leave the reference out; simpo always does"""
     drop_long: bool = False
     """Leave rows out whose prompt is longer than the model's context, instead of an error"""
     share_prompt: bool = True
-    """Compute a prompt once for both its answers, where the model can; the training is the same, only slower without"""
+    """Compute a prompt once for both its answers, where the model can and it takes fewer operations; the training is the same"""
 
     RATES: ClassVar = (5e-6, 5e-5)
     COMPARES_PASSES: ClassVar = True
@@ -75,35 +58,19 @@ class PreferenceTraining(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.objective != "d2po" and (self.gamma is not None or self.half_life is not None or self.exponent_start):
-            raise ValueError(f"--gamma, --half-life and --exponent-start belong to d2po, not to {self.objective}")
-        if self.gamma is not None and self.half_life is not None:
-            raise ValueError("--gamma and --half-life both say how fast weights fall; give one of them")
         if self.reference is not None and (self.reference_free or self.objective == "simpo"):
             raise ValueError("--reference is not used without a reference term; leave it out")
 
     def train(self, work: Work) -> Mapping[str, Any]:
-        import torch
-
         from trialist.models.loading import load_model
-        from trialist.objectives.preference_rows import shares_prompts
         from trialist.training.trainer import ObjectiveTrainer
 
-        self._objective(False)  # what it refuses is said before the pairs are read
-        train, validation = self._pairs(work)
+        train, validation = self._examples(work)
         work.say(f"{len(train):,} pairs, {sum(map(_tokens, train)):,} tokens; held out: {len(validation):,}")
         self._check_reference(work.tokenizer, train)
         model = load_model(self.model, dtype=self.weights_dtype)
-        largest = max(max((*pair.prompt, *pair.chosen, *pair.rejected)) for pair in (*train, *validation))
-        self.check_vocabulary(model, largest)
-        share = self.share_prompt
-        if share:
-            with torch.no_grad():
-                share = shares_prompts(model, train[0].prompt[0], model.device)
-            if not share:
-                work.say(
-                    f"note: {type(model).__name__} cannot compute a prompt once for both answers, so it is computed twice"
-                )
+        self.check_vocabulary(model, _largest([*train, *validation]))
+        share = self._shares(model, train, work.say)
         objective = self._objective(share)
         began = time.perf_counter()
         rows = self._rows([*train, *validation], model, objective, share, work.say)
@@ -131,20 +98,36 @@ class PreferenceTraining(Recipe):
     def _objective(self, share: bool) -> Preference:
         from trialist.objectives.preference import Preference
 
-        given = {"gamma": self.gamma} if self.gamma is not None else {}
-        return Preference(
-            self.objective, self.beta, half_life=self.half_life, exponent_start=self.exponent_start, alpha=self.alpha,
-            normalize=self.normalize, margin_ratio=self.margin_ratio, label_smoothing=self.label_smoothing,
-            reference_free=self.reference_free, share_prompt=share, **given,
-        )  # fmt: skip
+        options = {option.name: getattr(self, option.name) for option in fields(PreferenceOptions)}
+        return Preference(self.objective, share_prompt=share, **options)
 
-    def _pairs(self, work: Work) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    def _shares(self, model: PreTrainedModel, pairs: Sequence[PreferencePair], say: Say) -> bool:
+        """Whether a prompt is computed once for both its answers."""
+        from trialist.objectives.preference_rows import packs_sequences, preference_row, shares_prompts, sharing_cost
+
+        name, share = type(model).__name__, self.share_prompt and shares_prompts(model)
+        if share:
+            cost = sharing_cost(model, [preference_row(pair) for pair in pairs], self.batch)
+            share = cost < 1
+            say(
+                f"a prompt is computed {'once for both answers' if share else 'for each answer'}: once takes {cost:.2f} of the "
+                "operations of twice"
+            )
+        elif self.share_prompt:
+            say(f"note: {name} cannot compute a prompt once for both answers, so it is computed twice")
+        if not share and not packs_sequences(model):
+            say(f"note: {name} does not keep packed sequences apart, so they are padded")
+        return share
+
+    def _examples(self, work: Work) -> tuple[list[PreferencePair], list[PreferencePair]]:
         """What is trained on and what is held out."""
         from trialist.data.corpora import split_names
         from trialist.data.preferences import encode_preferences, notes, read_preferences
 
+        self._objective(False)  # what it refuses is said before the pairs are read
+
         def read(data: str, split: str | None, most: int | None) -> Pairs:
-            rows = read_preferences(data, columns=self.columns, split=split, max_examples=most)
+            rows = read_preferences(data, columns=self.columns, split=split, max_examples=most, chat=self.chat)
             context = None if self.drop_long else work.context
             pairs, counts = encode_preferences(
                 rows, work.tokenizer, max_length=work.length, context=context, source=data
@@ -197,20 +180,27 @@ class PreferenceTraining(Recipe):
         rows: list[dict[str, Any]] = [preference_row(pair) for pair in pairs]
         if not objective.needs_reference:
             return rows
-        device = torch.device("cpu") if self.on_cpu else torch.accelerator.current_accelerator()
-        digest = f"{model_digest(self.reference or self.model)} {model.dtype}"
+        device = self.compute_device
+        digest = f"{model_digest(self.reference or self.model)} {model.dtype} {device.type}"
 
         def reference() -> PreTrainedModel:
             say(f"the reference scores {len(rows):,} pairs, once for these pairs")
             if self.reference is None:
                 return model.to(device)  # type: ignore[arg-type]
-            return load_model(self.reference, dtype=self.weights_dtype).to(device)  # type: ignore[arg-type]
+            loaded = load_model(self.reference, dtype=self.weights_dtype)
+            self.check_vocabulary(loaded, _largest(pairs), "reference")
+            return loaded.to(device)  # type: ignore[arg-type]
 
         values = reference_logprobs(
             reference, rows, digest=digest, batch=self.batch, share_prompt=share and self.reference is None, say=say,
             autocast=torch.bfloat16 if self.dtype == "bfloat16" else None,
         )  # fmt: skip
         return [{**row, "ref_logprobs": column} for row, column in zip(rows, values, strict=True)]
+
+
+def _largest(pairs: Iterable[PreferencePair]) -> int:
+    """The largest token id."""
+    return max(max((*pair.prompt, *pair.chosen, *pair.rejected)) for pair in pairs)
 
 
 def _tokens(pair: PreferencePair) -> int:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trialist.data.assets import cache_folder
 from trialist.data.collation import stack_or_pad
+from trialist.data.kept import kept_parts, remove_unused
 from trialist.objectives.preference_rows import PROMPT, answer_logprobs
 
 Rows = Sequence[Mapping[str, np.ndarray]]
+PART = 128
+"""Rows in a file: what an interruption can lose, and what a process takes at a time"""
 SAY_EVERY = 15.0
 """Seconds between words on the progress"""
 
@@ -43,33 +43,51 @@ def reference_logprobs(
     model: the reference, or what loads it, called only if there is something to compute. It scores in eval mode, on the
         device it is on, in micro-batches of `batch` pairs.
     rows: as `preference_row` makes them.
-    digest: of the reference (`model_digest`). With it the values are kept in a file of the user's cache (or of `folder`),
-        named by digest, computation and all tokens, and read from there the next time; without it nothing is kept.
+    digest: of the reference (`model_digest`), and whatever else decides about the bits of what it computes, such as its type
+        and device. With it the values are kept in the user's cache (or in `folder`), in files of 128 rows that are read from
+        there the next time: an interrupted call goes on with the files that are missing, and processes that make the same
+        call at one time share them out. Without it nothing is kept.
     Raises ValueError when a log-probability is not a number, naming the row from 0.
     """
+    order = np.argsort([-len(row["input_ids"]) for row in rows], kind="stable")  # like lengths together: little padding
+    parts = [order[start : start + PART] for start in range(0, len(order), PART)]
+    reference = _Reference(model, rows, batch, autocast, share_prompt, say)
     if digest is None:
-        return _computed(model, rows, batch, autocast, share_prompt, say)
-    path = reference_file(rows, digest, autocast, folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # one rank computes, the others wait and read
-        if (kept := _read(path, rows)) is not None:
-            return kept
-        found = _computed(model, rows, batch, autocast, share_prompt, say)
-        answers = [values[row["segments"] > PROMPT] for values, row in zip(found, rows, strict=True)]
-        temporary = path.with_suffix(".tmp")
-        save_file({"logprobs": np.concatenate(answers)}, temporary, metadata={"model": digest, "rows": str(len(rows))})
-        os.replace(temporary, path)
+        scored = [reference(part) for part in parts]
+    else:
+        place = reference_folder(rows, digest, batch, autocast, share_prompt, folder)
+        scored = kept_parts(
+            place,
+            [int(reference.ends(part)[-1]) for part in parts],
+            lambda number: reference(parts[number]),
+            found=lambda number: reference.count(len(parts[number])),
+            waits=lambda numbers: reference.wait(sum(len(parts[number]) for number in numbers)),
+        )
+        if folder is None:
+            remove_unused(place.parent)
+    found: list[np.ndarray] = [np.zeros(len(row["input_ids"]), np.float32) for row in rows]
+    for part, flat in zip(parts, scored, strict=True):
+        for index, values in zip(part, np.split(flat, reference.ends(part)[:-1]), strict=True):
+            found[index][rows[index]["segments"] > PROMPT] = values
     return found
 
 
-def reference_file(rows: Rows, digest: str, autocast: torch.dtype | None = None, folder: Path | None = None) -> Path:
-    """Where the values are kept: its name changes with the reference, the computation and any token of the rows."""
-    key = hashlib.sha256(f"{digest} {autocast} {len(rows)}".encode())
+def reference_folder(
+    rows: Rows,
+    digest: str,
+    batch: int,
+    autocast: torch.dtype | None = None,
+    share_prompt: bool = False,
+    folder: Path | None = None,
+) -> Path:
+    """Where the values are kept: its name changes with the reference, with how they are computed and with any token of the
+    rows, so that what is read has the bits of what would be computed."""
+    key = hashlib.sha256(f"{digest} {batch} {autocast} {share_prompt} {len(rows)}".encode())
     for row in rows:
         for name in ("input_ids", "segments"):
             key.update(f"{len(row[name])}".encode())
             key.update(np.ascontiguousarray(row[name], np.int64).tobytes())
-    return (folder or cache_folder() / "reference-logprobs") / f"{key.hexdigest()[:32]}.safetensors"
+    return (folder or cache_folder() / "reference-logprobs") / key.hexdigest()[:32]
 
 
 def tokenizer_difference(
@@ -91,55 +109,57 @@ def tokenizer_difference(
     return None
 
 
-def _read(path: Path, rows: Rows) -> list[np.ndarray] | None:
-    """What an earlier call kept; a damaged file is removed, as it can be made again."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "numpy") as file:
-            flat = file.get_tensor("logprobs")
-    except (SafetensorError, OSError):
-        path.unlink()
-        return None
-    found, start = [], 0
-    for row in rows:
-        answers = row["segments"] > PROMPT
-        values = np.zeros(len(answers), np.float32)
-        values[answers] = flat[start : start + answers.sum()]
-        found.append(values)
-        start += int(answers.sum())
-    return found
+@dataclass
+class _Reference:
+    """Scores rows; loads the model for the first of them."""
 
+    model: Any
+    rows: Rows
+    batch: int
+    autocast: torch.dtype | None
+    share_prompt: bool
+    say: Callable[[str], None]
+    done: int = 0
+    """Rows that are scored, here or elsewhere"""
+    told: float = field(default_factory=time.monotonic)
 
-def _computed(
-    model: Any, rows: Rows, batch: int, autocast: torch.dtype | None, share_prompt: bool, say: Callable[[str], None]
-) -> list[np.ndarray]:
-    reference: nn.Module = model if isinstance(model, nn.Module) else model()
-    device = next(reference.parameters()).device
-    training, found = reference.training, [np.zeros(0, np.float32)] * len(rows)
-    order = np.argsort([-len(row["input_ids"]) for row in rows], kind="stable")  # like lengths together: little padding
-    told = time.monotonic()
-    reference.eval()
-    try:
-        for start in range(0, len(order), batch):
-            part = order[start : start + batch]
-            tensors = stack_or_pad([{name: rows[i][name] for name in ("input_ids", "segments")} for i in part])
-            with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-                values = answer_logprobs(
-                    reference,
-                    tensors["input_ids"].to(device),
-                    tensors["segments"].to(device),
-                    share_prompt=share_prompt,
-                )
-            for index, scores in zip(part, values.float().cpu().numpy(), strict=True):
-                found[index] = scores[: len(rows[index]["input_ids"])]
-                if not np.isfinite(found[index]).all():
-                    raise ValueError(
-                        f"row {index}: the reference's log-probabilities are not numbers; is the model whole?"
+    def ends(self, part: np.ndarray) -> np.ndarray:
+        """Where each row's values end in those of the part."""
+        return np.cumsum([int((self.rows[index]["segments"] > PROMPT).sum()) for index in part])
+
+    def count(self, rows: int) -> None:
+        self.done += rows
+
+    def wait(self, rows: int) -> None:
+        self.say(f"reference: waiting for another process, which scores {rows:,} of the pairs")
+
+    def __call__(self, part: np.ndarray) -> np.ndarray:
+        """The values at the tokens of the answers of these rows, one after the other."""
+        if not isinstance(self.model, nn.Module):
+            self.model = self.model()
+        device, training = next(self.model.parameters()).device, self.model.training
+        found: list[np.ndarray] = []
+        self.model.eval()
+        try:
+            for start in range(0, len(part), self.batch):
+                rows = [self.rows[index] for index in part[start : start + self.batch]]
+                tensors = stack_or_pad([{name: row[name] for name in ("input_ids", "segments")} for row in rows])
+                with torch.no_grad(), torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+                    values = answer_logprobs(
+                        self.model,
+                        tensors["input_ids"].to(device),
+                        tensors["segments"].to(device),
+                        share_prompt=self.share_prompt,
                     )
-            if time.monotonic() - told > SAY_EVERY:
-                told = time.monotonic()
-                say(f"reference: {start + len(part):,} of {len(rows):,} pairs scored")
-    finally:
-        reference.train(training)
-    return found
+                for row, scores in zip(rows, values.float().cpu().numpy(), strict=True):
+                    found.append(scores[: len(row["segments"])][row["segments"] > PROMPT])
+                    if not np.isfinite(found[-1]).all():
+                        raise ValueError(
+                            f"row {part[len(found) - 1]}: the reference's log-probabilities are not numbers; is the model whole?"
+                        )
+                if time.monotonic() - self.told > SAY_EVERY:
+                    self.told = time.monotonic()
+                    self.say(f"reference: {self.done + len(found):,} of {len(self.rows):,} pairs scored")
+        finally:
+            self.model.train(training)
+        return np.concatenate(found)

@@ -13,7 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from trialist.training.options import TrainingOptions
+
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
     from trialist.training.output import ModelOutput
@@ -38,11 +41,8 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Recipe(ABC):
-    """A way to train a model on rows. The same command goes on after an interruption.
-
-    A subclass gives other defaults and words to these options, adds its own, and does its work in `train`.
-    """
+class RecipeInputs:
+    """What every recipe must be given."""
 
     model: str
     """Hub id, local folder or asset of a causal language model"""
@@ -50,29 +50,31 @@ class Recipe(ABC):
     """Rows: Hub id, local .jsonl, .json or .parquet file or folder"""
     output: str
     """Folder for the trained model; until then its subfolder `checkpoint` holds what a continuation needs"""
+
+
+@dataclass(frozen=True)
+class Recipe(TrainingOptions, RecipeInputs, ABC):
+    """A way to train a model on rows. The same command goes on after an interruption.
+
+    A subclass gives other defaults and words to these options, adds its own, reads its rows in `_examples`, and does its work
+    in `train`.
+    """
+
     columns: str = ""
     """Columns under other names, ours first: prompt=question"""
     split: str | None = None
     """Split of the data to train on; without it `train`, or all there is"""
-    max_examples: int | None = None
-    """Most rows to read"""
-    validation: float = 0.05
-    """Share of the rows held out, by prompt; 0 for none; unused where the data bring a validation split or you name one"""
     validation_data: str | None = None
     """Rows to validate on, in the format of the data"""
-    chat_template: str | None = None
-    """File with a Jinja chat template instead of the tokenizer's own; saved with the model"""
+    chat: bool = False
+    """Put strings through the chat template: the prompt as a turn of the user, an answer as one of the assistant"""
     length: int | None = None
     """Most tokens of a prompt with an answer, longer answers lose their end; without it 1024, or the model's context if
     shorter"""
-    lora: int = 0
-    """Rank of LoRA adapters on all linear layers (alpha is twice the rank); 0 trains all weights"""
     save: Literal["merged", "adapter"] = "merged"
     """With --lora: a whole model, or the adapter alone"""
     epochs: float = 1.0
     """Passes over the data"""
-    steps: int | None = None
-    """Optimizer steps, instead of epochs"""
     batch: int = 4
     """Rows in a micro-batch, per device"""
     accumulate: int = 4
@@ -87,22 +89,10 @@ class Recipe(ABC):
     """Decay of matrices in AdamW"""
     clip: float = 1.0
     """Largest norm of the gradient; 0 for no clipping"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 computes in bfloat16; trained weights stay float32, with LoRA the frozen ones are stored in bfloat16"""
-    device: Literal["auto", "cpu"] = "auto"
-    """The accelerator if there is one, or the CPU"""
-    gradient_checkpointing: bool = False
-    """Less memory for about a third more time"""
     evaluate_every: int | None = None
     """Steps between validations; without it before and after training"""
-    checkpoint_every: int | None = None
-    """Steps between checkpoints; without it ten in a run"""
     log_every: int = 10
     """Steps between lines of progress"""
-    report_to: tuple[str, ...] = ()
-    """Loggers of the Trainer, for example tensorboard (into OUTPUT/logs), wandb, trackio"""
-    seed: int = 0
-    """Of everything that is drawn"""
 
     RATES: ClassVar[tuple[float, float]]
     """Default peak learning rates: of all weights, and of adapters"""
@@ -114,6 +104,10 @@ class Recipe(ABC):
     @abstractmethod
     def train(self, work: Work) -> Mapping[str, Any]:
         """Trains, writes the model folder (`run` does both) and returns what to show, label by label."""
+
+    @abstractmethod
+    def _examples(self, work: Work) -> Any:
+        """What is trained on and what is held out. Raises the errors of rows."""
 
     def __post_init__(self) -> None:
         self.require(
@@ -128,29 +122,11 @@ class Recipe(ABC):
         if self.save == "adapter" and not self.lora:
             raise ValueError("--save adapter needs --lora RANK: without it there is no adapter")
 
-    def require(self, **least: int) -> None:
-        """Raises ValueError for a named option that is less than that; None is none."""
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
-
-    def require_above_zero(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be > 0, not {value}")
-
-    def require_not_negative(self, *names: str) -> None:
-        for name in names:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
-
     def __call__(self, say: Say = print) -> Mapping[str, Any]:
         """Trains, writes the model folder and returns what to show: sizes, numbers before and after, seconds."""
         from transformers.utils import logging
 
-        say = say if os.environ.get("RANK", "0") == "0" else _silent
+        say = of_first_rank(say)
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # a bar for each file that is read or written
         try:
@@ -160,6 +136,14 @@ class Recipe(ABC):
         finally:
             if shown:
                 logging.enable_progress_bar()
+
+    def check(self) -> None:
+        """Raises what is wrong with the options, the tokenizer or the rows, and trains nothing."""
+        from trialist.training.output import ModelOutput
+
+        context, length = self.limits()
+        output = ModelOutput(Path(self.output).expanduser(), {})
+        self._examples(Work(self.tokenizer(), context, length, output, _silent))
 
     def _begin(self, say: Say) -> Mapping[str, Any]:
         from trialist.models.loading import model_source
@@ -241,16 +225,27 @@ class Recipe(ABC):
         return self.device == "cpu" or not torch.accelerator.is_available()
 
     @property
+    def compute_device(self) -> torch.device:
+        """The CPU, or the accelerator of this rank."""
+        import torch
+
+        if self.on_cpu:
+            return torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator()
+        assert accelerator is not None, "not on the CPU"
+        return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+    @property
     def rate(self) -> float:
         """Peak learning rate."""
         return self.learning_rate or self.RATES[bool(self.lora)]
 
-    def check_vocabulary(self, model: Any, largest: int) -> None:
-        """Raises ValueError where the tokenizer gives a token id that the model does not know."""
+    def check_vocabulary(self, model: Any, largest: int, role: str = "model") -> None:
+        """Raises ValueError where the tokenizer gives a token id that the model does not know. role: what errors call it."""
         size = model.get_input_embeddings().weight.shape[0]
         if largest >= size:
             raise ValueError(
-                f"the tokenizer of {self.model} gives token {largest}, beyond the model's vocabulary of {size}; they do not "
+                f"the tokenizer of {self.model} gives token {largest}, beyond the {role}'s vocabulary of {size}; they do not "
                 "belong together"
             )
 
@@ -331,6 +326,7 @@ class Recipe(ABC):
         sizes: what the result begins with. validated: numbers that a validation logs, and their words in the result.
         found: what else the trained trainer has to tell.
         """
+        from trialist.training.progress import require_finite
         from trialist.training.recurrence import alike_passes
 
         self._tell(work, trainer)
@@ -350,20 +346,24 @@ class Recipe(ABC):
                     result |= {
                         f"validation {words} before": round(before, 4), f"validation {words} after": round(after, 4)
                     }  # fmt: skip
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        require_finite(trained, trainer.state.global_step)
         if trainer.is_world_process_zero():
-            trained = trainer.accelerator.unwrap_model(trainer.model)
             work.output.write(trained, work.tokenizer, result, merge=self.save == "merged")
+        trainer.accelerator.wait_for_everyone()  # whoever reads the model next, on any rank, finds it whole
         return result
 
     def _tell(self, work: Work, trainer: Trainer) -> None:
-        """Has the Trainer log in lines, and into the output."""
+        """Has the Trainer log in lines and into the output, and end when it diverges."""
         from transformers import PrinterCallback
         from transformers.integrations import TensorBoardCallback
 
-        from trialist.training.progress import NAMES, Lines
+        from trialist.training.progress import NAMES, Divergence, Lines
 
+        names = {**NAMES, **self.SHOWN}
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Lines(work.say, trainer.args.max_steps, {**NAMES, **self.SHOWN}))
+        trainer.add_callback(Divergence(names))
+        trainer.add_callback(Lines(work.say, trainer.args.max_steps, names))
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(work.output.folder / "logs")
@@ -393,6 +393,11 @@ def _first_and_last(trainer: Trainer, name: str) -> tuple[float, float]:
     if not found() or found()[-1][0] != trainer.state.global_step:
         trainer.evaluate()
     return found()[0][1], found()[-1][1]
+
+
+def of_first_rank(say: Say) -> Say:
+    """`say` on the first rank, nothing on the others."""
+    return say if os.environ.get("RANK", "0") == "0" else _silent
 
 
 def _silent(text: str) -> None:

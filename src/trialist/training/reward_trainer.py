@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from datasets import Dataset
-from transformers import TrainingArguments
 
-from trialist.data.preferences import encode_preferences, read_preferences
-from trialist.data.reward_groups import collate_groups, group_pairs
+from trialist.data.preferences import encode_preferences, notes, read_preferences
+from trialist.data.reward_groups import collate_groups, group_rows
 from trialist.models.reward_model import padding_token
 from trialist.objectives.reward import RewardLoss
 from trialist.training.trainer import ObjectiveTrainer
@@ -23,19 +21,38 @@ except ImportError as error:
     raise ImportError("training a reward model needs TRL: `pip install trialist[trl]`") from error
 
 GROUP_COLUMNS = ("sequences", "pairs", "label_prob")
+SHARES = {"accuracy": "correct", "margin": "margin"}
+"""Of the pairs that are no tie: what is logged, and the sum that it is made of"""
 
 
-class RobustRewardTrainer(ObjectiveTrainer, RewardTrainer):  # type: ignore[misc]
+class _Logged(RewardTrainer):  # type: ignore[misc]
+    """Logs what is true of a part of the pairs as a share of that part, under TRL's names."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for name in [name for name in logs if name.endswith("decided")]:
+            prefix, decided = name.removesuffix("decided"), logs.pop(name)
+            sums = {shown: logs.pop(prefix + summed) for shown, summed in SHARES.items()}
+            distance = logs.pop(f"{prefix}distance")
+            if decided > 0:
+                logs.update({prefix + shown: value / decided for shown, value in sums.items()})
+            if decided < 1:
+                logs[f"{prefix}tie_distance"] = distance / (1 - decided)
+        super().log(logs, start_time)
+
+
+class RobustRewardTrainer(ObjectiveTrainer, _Logged):  # type: ignore[misc]
     """`trl.RewardTrainer` for pairs with a probability (`label_prob`, 1/2 for a tie) that scores each sequence once.
 
     A row of its data, and so of a batch, is an anchor with all its pairs. Everything else is TRL's: `RewardConfig`, models
     from a name or as an object, `peft_config`, `center_rewards_coefficient`, `max_length`, no dropout. The gradient of a step is
-    that of the mean over all its pairs, however they fall into anchors, micro-batches and ranks; `correct` and
-    `eval_correct` are logged as shares.
+    that of the mean over all its pairs, however they fall into anchors, micro-batches and ranks. `accuracy` (ties left out,
+    equal rewards count one half), `margin` (by how much the better answer is above), `tie_distance`, `mean_reward` and
+    `mean_squared_reward` are logged, and with `eval_` before them.
 
-    train_dataset, eval_dataset: a `Dataset` of preferences, plain or conversational, where `label_prob` (1 without it) and
-        `source_index` (pairs of one index, else of one prompt, are an anchor) may stand beside prompt, chosen and rejected:
-        what `augment_preferences` returns; or groups that `group_pairs` made. Answers longer than `max_length` lose their end.
+    train_dataset, eval_dataset: a `Dataset` of preferences, plain or conversational, where `label_prob` (1 without it),
+        `margin` (0 without it) and `source_index` (pairs of one index, else of one prompt, are an anchor) may stand beside
+        prompt, chosen and rejected: what `augment_preferences` returns; or groups that `group_pairs` made. Answers longer
+        than `max_length` lose their end, where TRL leaves the row out; a warning counts these, and rows that are left out.
     grouping: False scores both sequences of every pair: the same losses for up to five times the work.
 
     Columns are never removed as unused, so no label is lost on the way; a batch without one raises ValueError.
@@ -77,37 +94,14 @@ class RobustRewardTrainer(ObjectiveTrainer, RewardTrainer):  # type: ignore[misc
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: RewardConfig, dataset_name: str) -> Dataset:
         if set(GROUP_COLUMNS) <= set(dataset.column_names):
             return dataset
-        rows = read_preferences(list(dataset))
-        pairs, _ = encode_preferences(
-            rows, processing_class, max_length=args.max_length or 2**31, source=f"{dataset_name} data"
-        )
-        return Dataset.from_list(grouped(rows, pairs, grouping=self.grouping))
+        rows, length, source = read_preferences(list(dataset)), args.max_length or 2**31, f"{dataset_name} data"
+        pairs, counts = encode_preferences(rows, processing_class, max_length=length, source=source, whole=True)
+        for note in notes(counts, length):
+            warnings.warn(f"{source}: {note}", stacklevel=2)
+        return Dataset.from_list(group_rows(rows, pairs, share=self.grouping, source=source))
 
     def _send_telemetry(self) -> None:
         """Nothing is told to anybody."""
 
     def create_model_card(self, *arguments: Any, **options: Any) -> None:
         """TRL's card would say that TRL's loss made the model."""
-
-
-def reward_config(arguments: TrainingArguments, *, center: float = 0.0) -> RewardConfig:
-    """TRL's configuration with everything that `arguments` say, and none of TRL's own defaults for it."""
-    with warnings.catch_warnings():  # TRL names an option as transformers no longer does
-        warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
-        config = RewardConfig(arguments.output_dir, use_cpu=True, bf16=False, gradient_checkpointing=False)
-    config.__dict__.update(arguments.__dict__)
-    config.center_rewards_coefficient = center or None
-    return config
-
-
-def grouped(rows: list[dict[str, Any]], pairs: Any, *, grouping: bool = True) -> list[dict[str, list]]:
-    """Groups of encoded pairs; labels and anchors are those of their rows."""
-    labels = [_label(rows[pair.row]) for pair in pairs]
-    anchors = [rows[pair.row].get("source_index") for pair in pairs]
-    keys = [tuple(pair.prompt) if anchor is None else anchor for pair, anchor in zip(pairs, anchors)]
-    return group_pairs(pairs, labels, anchors=keys, share=grouping)
-
-
-def _label(row: Mapping[str, Any]) -> float:
-    label = row.get("label_prob")
-    return 1.0 if label is None else float(label)

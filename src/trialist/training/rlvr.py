@@ -5,13 +5,15 @@ Everything of TRL that this needs is in this file.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from trialist.training.recipe import Recipe, Work
+from trialist.training.recipe import Recipe, Say, Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,11 +23,12 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class VerifiableRewards(Recipe):
-    """Reinforcement learning from verified answers: GRPO rewards the right number at the end of an answer.
+    """Reinforcement learning from verified answers: GRPO rewards what a program accepts.
 
-    Rows hold `prompt` (a string, or messages) and `answer` (a number, or a worked solution that ends with `#### number`);
-    `--data arithmetic` makes sums and differences. A group of answers to each prompt is sampled, and answers better than
-    their group are made more probable. The same command goes on after an interruption, to the bit on the CPU.
+    Rows hold `prompt` (a string, or messages) and `answer` (a number or an expression, also at the end of a worked solution
+    behind `####`, or constraints); `--data arithmetic` makes sums and differences. A group of answers to each prompt is
+    sampled, and answers better than their group are made more probable. The same command goes on after an interruption, to the
+    bit on the CPU.
     """
 
     data: str
@@ -50,8 +53,11 @@ class VerifiableRewards(Recipe):
     """Steps between lines of progress"""
     seed: int = 0
     """Of the order of the prompts, of sampling and of adapters"""
-    chat: bool = False
-    """Put string prompts through the chat template, as a turn of the user"""
+    verifier: str = "number"
+    """What accepts an answer: its last `number`, `math` (equal expressions), `ifeval` (constraints), or `module:function` of
+    your own, called with the answer given and the one wanted; a row's column `verifier` goes before"""
+    drop_long: bool = False
+    """Leave rows out whose prompt leaves no room for an answer, instead of an error"""
     answer_length: int = 256
     """Most tokens of an answer"""
     group: int = 8
@@ -60,6 +66,12 @@ class VerifiableRewards(Recipe):
     """Of the sampling of answers"""
     loss: Literal["dapo", "grpo", "dr_grpo", "bnpo"] = "dapo"
     """How the tokens of a step are averaged; TRL's `loss_type`"""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Standard deviation by which a reward's distance from its group's mean is divided: of the group, of the step, or none"""
+    num_iterations: int = 1
+    """Steps on the same answers before new ones are sampled"""
+    use_vllm: bool = False
+    """Sample answers with vLLM, on the same GPU; needs `pip install trl[vllm]`"""
     beta: float = 0.05
     """Weight of the divergence from the model before training; 0 needs no second model"""
     accepted: float = 10.0
@@ -80,7 +92,7 @@ class VerifiableRewards(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(answer_length=1, group=2)
+        self.require(answer_length=1, group=2, num_iterations=1)
         self.require_above_zero("temperature")
         self.require_not_negative("beta", "reward_weight")
         if not self.unfinished <= 0 < self.accepted:
@@ -96,6 +108,13 @@ class VerifiableRewards(Recipe):
             raise ValueError(
                 "--validation-data arithmetic would hold rows of the training data; pass --validation SHARE"
             )
+        if self.checkpoint_every is not None and self.checkpoint_every % self.num_iterations:
+            raise ValueError(
+                f"--checkpoint-every {self.checkpoint_every} would save between steps on the same answers, which are not kept; "
+                f"take a multiple of --num-iterations {self.num_iterations}"
+            )
+        if self.use_vllm and self.device == "cpu":
+            raise ValueError("--use-vllm needs an accelerator; leave out --device cpu")
         if self.reward_weight and self.reward_model is None:
             raise ValueError("--reward-weight needs --reward-model: without it there is nothing to weigh")
 
@@ -105,21 +124,23 @@ class VerifiableRewards(Recipe):
         return self.batch * self.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
 
     def train(self, work: Work) -> Mapping[str, Any]:
-        _require_trl()
         from trialist.models.loading import load_model
 
-        rows, held_out = self._examples(work.tokenizer)
+        rows, held_out = self._examples(work)
         work.say(f"{len(rows):,} prompts, {self.group} answers to each; held out: {len(held_out):,}")
         model = load_model(self.model, dtype=self.weights_dtype)
         trainer = self._trainer(work, model, rows, held_out)
         return self.run(work, trainer, {"prompts": len(rows)}, {"eval_accepted": "accepted"}, _accepted)
 
     def contents(self) -> dict[str, str]:
+        from trialist.data.verifiers import source_of
         from trialist.models.loading import model_digest
 
         digests = super().contents()
         if self.reward_weight and self.reward_model is not None:
             digests["reward model content"] = model_digest(self.reward_model)
+        if (program := source_of(self.verifier)) is not None:
+            digests["verifier content"] = hashlib.sha256(Path(program).read_bytes()).hexdigest()
         return digests
 
     def data_files(self) -> str:
@@ -127,20 +148,24 @@ class VerifiableRewards(Recipe):
 
         return str(verifiable.__file__) if self.data == verifiable.ARITHMETIC else self.data
 
-    def prompts(self, tokenizer: PreTrainedTokenizerBase, *, data: str | None = None) -> Rows:
+    def prompts(
+        self, tokenizer: PreTrainedTokenizerBase, *, data: str | None = None, say: Say = lambda _: None
+    ) -> Rows:
         """The rows, checked. Raises ValueError for a prompt that leaves no room for an answer, and for messages without a
         chat template."""
         from trialist.data.verifiable import read_verifiable
 
         source = data or self.data
         rows = read_verifiable(
-            source, columns=self.columns, split=None if data else self.split, max_examples=self.max_examples
-        )
+            source, columns=self.columns, split=None if data else self.split, max_examples=self.max_examples,
+            verifier=self.verifier,
+        )  # fmt: skip
         if self.chat:
             rows = [{**row, "prompt": _turn(row["prompt"])} for row in rows]
         if not isinstance(rows[0]["prompt"], str) and tokenizer.chat_template is None:
             raise ValueError(
-                f"the tokenizer of {self.model} has no chat template, which messages need; give string prompts, without --chat"
+                f"the tokenizer of {self.model} has no chat template, which messages need; pass --chat-template FILE, or give "
+                "string prompts, without --chat"
             )
         _, length = self.limits()
         room = length - self.answer_length
@@ -149,19 +174,30 @@ class VerifiableRewards(Recipe):
                 f"--answer-length {self.answer_length} leaves no room for a prompt within {length} tokens; lower it, or raise "
                 "--length"
             )
+        kept: Rows = []
         for number, row in enumerate(rows, start=1):
-            if (size := _size(tokenizer, row["prompt"])) > room:
+            if (size := _size(tokenizer, row["prompt"])) <= room:
+                kept.append(row)
+            elif not self.drop_long:
                 raise ValueError(
                     f"{source} row {number}: the prompt has {size:,} tokens, and beside an answer of {self.answer_length:,} "
-                    f"there is room for {room:,}; drop the row, lower --answer-length or raise --length"
+                    f"there is room for {room:,}; lower --answer-length, raise --length, or leave such rows out with --drop-long"
                 )
-        return rows
+        if not kept:
+            raise ValueError(
+                f"{source}: all {len(rows):,} prompts have more than {room:,} tokens; lower --answer-length"
+            )
+        if len(kept) < len(rows):
+            say(
+                f"note: {source}: {len(rows) - len(kept):,} of {len(rows):,} prompts leave no room for an answer: left out"
+            )
+        return kept
 
-    def _examples(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, Rows]:
-        """What is trained on and what is held out."""
-        rows = self.prompts(tokenizer)
+    def _examples(self, work: Work) -> tuple[Rows, Rows]:
+        _require_trl(self.use_vllm)
+        rows = self.prompts(work.tokenizer, say=work.say)
         if self.validation_data is not None:
-            return rows, self.prompts(tokenizer, data=self.validation_data)
+            return rows, self.prompts(work.tokenizer, data=self.validation_data, say=work.say)
         if not self.validation:
             return rows, []
         kept, held_out = self.hold_out([_text(row["prompt"]) for row in rows])
@@ -177,19 +213,30 @@ class VerifiableRewards(Recipe):
             tokenizer.pad_token = tokenizer.eos_token
         trained = self.prepared(model)
         judges: list[Any] = [self._verifier(model, tokenizer)]
-        if self.reward_weight:
-            judges.append(self.reward_model)
+        if self.reward_weight and self.reward_model is not None:
+            from trialist.models.reward_scoring import RewardScorer
+
+            scorer = RewardScorer.load(
+                self.reward_model, length=work.length, batch=self.batch, device=str(self.compute_device)
+            )
+            judges.append(scorer.rewards)
+        total = self.total_steps(len(rows) * self.group * self.num_iterations)  # a pass is one over all answers
+        often = self.checkpoint_every or math.ceil(total / 10)
         arguments = self.arguments(
             work,
-            self.total_steps(len(rows) * self.group),  # a pass over the prompts is one over all their answers
+            total,
             bool(held_out),
             GRPOConfig,
+            save_steps=math.ceil(often / self.num_iterations) * self.num_iterations,
             per_device_eval_batch_size=self.group * max(1, self.batch // self.group),
             num_generations=self.group,
             max_completion_length=self.answer_length,
             temperature=self.temperature,
             loss_type=self.loss,
             beta=self.beta,
+            scale_rewards=self.scale_rewards,
+            num_iterations=self.num_iterations,
+            use_vllm=self.use_vllm,
             reward_weights=[1.0, self.reward_weight] if self.reward_weight else None,
             gradient_checkpointing=False,  # the model has it on already where it was asked for
         )
@@ -218,28 +265,31 @@ class VerifiableRewards(Recipe):
         more = model.generation_config.eos_token_id
         ends = {tokenizer.eos_token_id, *(more if isinstance(more, list | tuple) else [more])}
 
-        def verifier(
+        def verified(
             completions: Sequence[Any],
             completion_ids: Sequence[Sequence[int]],
             answer: Sequence[str],
+            verifier: Sequence[str],
             log_metric: Callable[[str, float], None],
             **others: Any,
         ) -> list[float]:
             texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
             ended = [len(ids) > 0 and ids[-1] in ends for ids in completion_ids]
-            found = rewards(texts, answer, ended, accepted=self.accepted, unfinished=self.unfinished)
+            found = rewards(texts, answer, verifier, ended, accepted=self.accepted, unfinished=self.unfinished)
             log_metric("accepted", sum(value == self.accepted for value in found) / len(found))
             return found
 
-        return verifier
+        return verified
 
 
-def _require_trl() -> None:
-    """Raises ImportError that says what to install."""
-    try:
-        import trl  # noqa: F401
-    except ImportError as error:
-        raise ImportError("learning from verified rewards needs TRL: `pip install trialist[trl]`") from error
+def _require_trl(vllm: bool) -> None:
+    """Raises ImportError that says what to install. vllm: whether answers are sampled with it."""
+    from importlib.util import find_spec
+
+    if find_spec("trl") is None:
+        raise ImportError("learning from verified rewards needs TRL: `pip install trialist[trl]`")
+    if vllm and find_spec("vllm") is None:
+        raise ImportError("--use-vllm needs vLLM, which is not installed: `pip install trl[vllm]`, or leave it out")
 
 
 def _turn(prompt: Any) -> Any:

@@ -39,8 +39,6 @@ class SupervisedFineTuning(Recipe):
     """Of the order of the data, of adapters and of dropout"""
     train_on: Literal["completions", "last", "all"] = "completions"
     """Tokens that count: completions and all turns of the assistant, its last turn only, or all tokens"""
-    chat: bool = False
-    """Put string prompts and completions through the chat template, as a turn of the user and one of the assistant"""
     drop_long: bool = False
     """Leave longer examples out instead"""
     packing: bool = True

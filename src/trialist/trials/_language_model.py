@@ -184,11 +184,13 @@ def train(
     tokenizer: Any = None,
     objective: Callable[..., Any] | None = None,
     optimizer: Any = None,
+    schedule: Any = None,
 ) -> tuple[Outcome, Mapping[str, float]]:
     """Trains under a budget of steps; returns an outcome without metrics, and what `evaluate` said at the end.
 
     A checkpoint in the run's folder lets an interrupted run go on. evaluations: points on the learning curves.
-    objective: None is cross entropy. optimizer: None is AdamW with `learning_rate`.
+    objective: None is cross entropy. optimizer: None is AdamW with `learning_rate`. schedule: None is a cosine after a
+    twentieth of warm-up.
     """
     from trialist.objectives import CrossEntropy
     from trialist.optimizers import adamw
@@ -206,7 +208,7 @@ def train(
         batches,
         objective or CrossEntropy(),
         optimizer or adamw(model, learning_rate),
-        Schedule("cosine", warmup=max(1, steps // 20)),
+        schedule or Schedule("cosine", warmup=max(1, steps // 20)),
         {"steps": steps},
         evaluate=remember,
         evaluate_every=max(1, steps // evaluations),

@@ -1,15 +1,21 @@
-"""How the arms of a reward-model trial spend their sequence forwards: which pairs they train on, in which batches."""
+"""How the arms of the reward-model trial spend their sequence forwards: which pairs they train on, in which batches."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
-from trialist.trials._reward_data import Choice, Rows
+from trialist.trials._reward_data import RewardData, Rows
+from trialist.trials._reward_measures import rewards_of
 
-Group = dict[str, list]
+if TYPE_CHECKING:
+    from trialist.data.reward_groups import Group
+    from trialist.engine.context import Context
+    from trialist.engine.contract import Arm
+    from trialist.trials.rrm import RRMTrial
 
 
 @dataclass(frozen=True)
@@ -48,51 +54,41 @@ class GroupBatches:
         return sum(len(self.groups[index]["sequences"]) for batch in plan for index in batch)
 
 
-def groups_of(rows: Rows, encode: Any) -> list[Group]:
-    """Rows of one source, or each row alone, as a group of sequences."""
-    from trialist.data.reward_groups import group_pairs
+def rows_of(
+    trial: RRMTrial, arm: Arm, context: Context, data: RewardData, earlier: Callable[[], tuple[Any, int]]
+) -> tuple[Rows, int, tuple[str, ...]]:
+    """What an arm trains on, the sequence forwards that this took, and what is to be said of it.
 
-    pairs = encode(rows)
-    labels = [1.0 if (label := rows[pair.row].get("label_prob")) is None else float(label) for pair in pairs]
-    anchors = [rows[pair.row].get("source_index", pair.row) for pair in pairs]
-    return group_pairs(pairs, labels, anchors=anchors)
+    earlier: the model to filter by, and the forwards that it took.
+    """
+    from trialist.data.augment_preferences import augment_preferences
+    from trialist.data.filter_preferences import filter_by_reward_model
 
-
-def accuracies(model: Any, tests: dict[str, Rows], encode: Any, *, batch: int) -> dict[str, float]:
-    """Share of the pairs of each test whose chosen answer has the higher reward."""
-    found = {}
-    for name, rows in tests.items():
-        pairs = encode(rows)
-        sequences = [[*pair.prompt, *answer] for pair in pairs for answer in (pair.chosen, pair.rejected)]
-        rewards = rewards_of(model, sequences, batch=batch)
-        chosen, rejected = rewards[::2], rewards[1::2]
-        right = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(chosen, rejected))
-        found[name] = right / len(pairs)
-    return found
-
-
-def best_of(model: Any, choices: list[Choice], *, batch: int) -> dict[str, float]:
-    """Mean quality, and share of artefacts, of the answers with the highest reward."""
-    if not choices:
-        return {}
-    rewards = rewards_of(model, [sequence for choice in choices for sequence in choice.sequences], batch=batch)
-    quality = artefacts = 0.0
-    for number, choice in enumerate(choices):
-        count = len(choice.sequences)
-        own = rewards[number * count : (number + 1) * count]
-        best = own.index(max(own))
-        quality += choice.quality[best]
-        artefacts += choice.artefacts[best]
-    return {"best_of_16_quality": quality / len(choices), "best_of_16_artefacts": artefacts / len(choices)}
+    where, told = f"{arm.name} in setting {arm.setting}", []
+    rows = augment_preferences(
+        data.train, num_donors=2, include=arm["include"].split(), sample_fraction=trial.sample_fraction,
+        seed=context.stream("donors"), say=lambda text: told.append(f"{where}: {text}"),
+    )  # fmt: skip
+    if not arm["labels"]:
+        rows = [{**row, "label_prob": 0.5} if row["pair_type"] == "original" else row for row in rows]
+    if arm["filter"] == "none":
+        return rows, 0, tuple(told)
+    asked = [row for row in rows if arm["filter"] == "all" or row["pair_type"] != "original"]
+    model, spent = earlier()
+    pairs = data.encode(asked)
+    rewards, scored = rewards_of(model, pairs, batch=trial.batch)
+    asked = [asked[pair.row] for pair in pairs]
+    kept = filter_by_reward_model(asked, lambda _: rewards, min_gap=trial.min_gap, keep_original=False)
+    if not kept and arm["filter"] == "all":
+        raise ValueError(f"{where}: no pair is left with a gap of {trial.min_gap}; lower --min-gap")
+    told.append(f"{where}: the filter kept {len(kept) / max(len(asked), 1):.0%} of its pairs")
+    if arm["filter"] == "all" and (wrong := _mislabelled(data, kept)) is not None:
+        told[-1] += f"; {wrong:.0%} of them have the wrong label, {_mislabelled(data, rows):.0%} before"
+    untouched = [row for row in rows if arm["filter"] != "all" and row["pair_type"] == "original"]
+    return [*untouched, *kept], spent + scored, tuple(told)
 
 
-def rewards_of(model: Any, sequences: list[list[int]], *, batch: int) -> list[float]:
-    from trialist.models.reward_model import sequence_rewards
-
-    was_training = model.training
-    model.eval()
-    try:
-        padding = model.config.get_text_config().pad_token_id
-        return sequence_rewards(model, sequences, pad_token_id=padding, batch=batch).tolist()
-    finally:
-        model.train(was_training)
+def _mislabelled(data: RewardData, rows: Rows) -> float | None:
+    """Share of rows whose annotated pair has the wrong label; None where that is not known."""
+    known = [wrong for row in rows if (wrong := data.train[row["source_index"]].get("mislabelled")) is not None]
+    return fmean(known) if known else None

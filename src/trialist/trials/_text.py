@@ -47,6 +47,10 @@ class Text:
         """Raises ValueError or FileNotFoundError for data and tokenizers that cannot serve; reads the user's own data."""
         if self.data not in BUILT_IN_DATA:
             self.splits()
+        self.check_tokenizer()
+
+    def check_tokenizer(self) -> None:
+        """Raises ValueError or FileNotFoundError for a tokenizer that cannot serve."""
         if self.tokenizer.startswith("bpe-"):
             if not self.tokenizer[4:].isdigit():
                 raise ValueError(

@@ -19,8 +19,11 @@ from trialist.trials._language_model import (
     train,
 )
 
-RATES, BETAS, GAMMAS, MARGINS = (1e-4, 3e-4), (0.03, 0.1, 0.3, 1.0), (0.9, 0.97), (0.0, 0.5)
-RATES_GIVEN_MODEL = (5e-5, 2e-4)
+RATES, BETAS, GAMMAS, MARGINS = (1e-4, 3e-4), (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), (0.9, 0.98), (0.0, 0.5)
+BETAS_OF_MEANS = (1.0, 2.5, 10.0)
+BETAS_GIVEN_MODEL = (0.1, 0.3)
+"""The usual one, and as much more as it takes to make up for what gamma 0.98 leaves of a sum over 140 tokens"""
+BEFORE = "the model before training on preferences: the zero point of accuracy and length"
 ACCURACY = Endpoint("held_out_preference_accuracy", unit="share of pairs", better="higher")
 
 
@@ -37,16 +40,19 @@ class D2POTrial(Trial):
         guards=(Endpoint("accuracy", unit="share", better="higher", margin=0.02, needs="gold"),),
         secondary=(
             Endpoint("length_inflation", unit="tokens", better="lower"),
+            Endpoint("answer_length", unit="tokens", better="lower"),
+            Endpoint("capped_answers", unit="share of answers", better="lower"),
             Endpoint("flipped_accuracy", unit="share of pairs", better="higher"),
             ACCURACY,
         ),
     )
     budget = Budget("tokens")
-    tuning = Tuning(tries=8, metric=ACCURACY)
+    tuning = Tuning(tries=12, metric=ACCURACY)
     presets = {
         "tiny": dict(seeds=3, about="about 10 minutes a setting on 2 cores"),
-        "real": dict(model="smollm2-135m-instruct", lora=8, steps=60, batch=8, length=192, answer=96, pairs=1_000,
-                     test_items=64, seeds=3, about="a given model and --data of your own, hours on 2 cores"),
+        "real": dict(model="smollm2-135m-instruct", lora=8, learning_rate=2e-4, imitation_steps=100, steps=100, batch=8,
+                     length=192, answer=128, pairs=800, test_items=192, seeds=3,
+                     about="a given model and --data of your own, hours on 2 cores"),
         "gpu": dict(layers=8, width=384, heads=8, base_steps=4_000, pairs=16_384, steps=800, batch=64, test_items=4_096,
                     seeds=6, about="under an hour on one GPU"),
     }  # fmt: skip
@@ -76,6 +82,9 @@ class D2POTrial(Trial):
     """Attention heads of the built-in decoder"""
     base_steps: int = 700
     """Steps of 64 answers by which the built-in decoder learns to answer before it sees preferences"""
+    imitation_steps: int = 0
+    """Steps of --batch chosen answers that a given model imitates before it sees preferences, so that it writes and ends answers
+    like those of the data; 0 takes it as it is"""
     pairs: int = 2_048
     """Most pairs to train on"""
     steps: int = 120
@@ -85,7 +94,7 @@ class D2POTrial(Trial):
     length: int = 512
     """Most tokens of a prompt with an answer, for a given model"""
     answer: int = 128
-    """Most tokens of a sampled answer"""
+    """Most tokens of a sampled answer; one that reaches them is cut and counts as so long"""
     test_items: int = 1_024
     """Most pairs for validation, and for the test, to whose prompts answers are sampled"""
     gamma: float = 0.98
@@ -93,7 +102,7 @@ class D2POTrial(Trial):
     beta: float = 0.1
     """Inverse temperature where nothing was tuned"""
     learning_rate: float = 5e-5
-    """Peak learning rate for a given model where nothing was tuned"""
+    """Peak learning rate for a given model, in all arms"""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`"""
     dtype: str = "float32"
@@ -102,8 +111,9 @@ class D2POTrial(Trial):
     """Rank of LoRA adapters for a given model; 0 trains all weights"""
 
     def __post_init__(self) -> None:
-        if self.model != BUILT_IN:  # every try takes long, and DPO's beta and D2PO's gamma are known for such models
-            object.__setattr__(self, "tuning", dataclasses.replace(type(self).tuning, tries=len(RATES_GIVEN_MODEL)))
+        # with a given model every try takes long; they go to beta, as D2PO's sums are on another scale than DPO's
+        if self.model != BUILT_IN:
+            object.__setattr__(self, "tuning", dataclasses.replace(type(self).tuning, tries=len(BETAS_GIVEN_MODEL)))
 
     def check(self) -> None:
         check_inputs(
@@ -115,7 +125,11 @@ class D2POTrial(Trial):
             raise ValueError(f"--gamma must be in (0, 1], not {self.gamma}; 1 is DPO")
         if not self.beta > 0 or not self.learning_rate > 0:
             raise ValueError(f"--beta and --learning-rate must be > 0, not {self.beta} and {self.learning_rate}")
+        if self.imitation_steps < 0:
+            raise ValueError(f"--imitation-steps must be at least 0, not {self.imitation_steps}")
         if self.model == BUILT_IN:
+            if self.imitation_steps:
+                raise ValueError("--imitation-steps are for a given model; the built-in decoder has --base-steps")
             if self.data:
                 raise ValueError(
                     "--data are for a given model, the built-in decoder reads generated pairs; name a --model"
@@ -126,9 +140,10 @@ class D2POTrial(Trial):
         if not self.data:
             raise ValueError(f"--model {self.model} needs --data with preferences: prompt, chosen, rejected")
         check_length(self.model, self.length + self.answer)
-        from trialist.data.preferences import read_preferences
+        from trialist.data.tokenizers import load_tokenizer
+        from trialist.trials._own_preferences import own_pairs
 
-        read_preferences(self.data, columns=self.columns, split=self.split, max_examples=self.max_examples)
+        own_pairs(self, load_tokenizer(self.model))
 
     def digests(self) -> Mapping[str, str]:
         found = model_inputs(self.model, self.device)
@@ -145,12 +160,15 @@ class D2POTrial(Trial):
             "for accuracy, which needs gold, stands the share of test pairs that the trained model ranks right, those where the "
             "chosen answer is longer and those where it is not weighing the same",
             "SimPO, SamPO and the null setting are left out: your data do not say which tokens decide",
+            f"each arm takes the beta of {' and '.join(map(str, BETAS_GIVEN_MODEL))} that ranks held-out pairs better, at one "
+            "learning rate and one gamma",
         )
 
     def arms(self) -> Iterator[Arm]:
         if self.model != BUILT_IN:
             given: dict[str, Any] = {"beta": self.beta, "learning_rate": self.learning_rate, "gamma": 1.0}
-            tune: Mapping[str, tuple] = {"learning_rate": RATES_GIVEN_MODEL}
+            tune: Mapping[str, tuple] = {"beta": BETAS_GIVEN_MODEL}
+            yield Arm("before", "reference", "own", options={"method": "none"}, about=BEFORE)
             yield Arm(
                 "dpo", "control", "own", options={**given, "method": "dpo"}, tune=tune, about="every token weighs 1"
             )
@@ -160,11 +178,12 @@ class D2POTrial(Trial):
         options: dict[str, Any] = {"beta": self.beta, "learning_rate": 3e-4, "gamma": self.gamma, "margin_ratio": 0.0}
         grids: tuple[tuple[str, dict[str, tuple], str], ...] = (
             ("dpo", {"beta": BETAS}, "every token weighs 1"),
-            ("simpo", {"beta": (1.0, 2.5), "margin_ratio": MARGINS}, "mean over tokens, a margin, no reference"),
+            ("simpo", {"beta": BETAS_OF_MEANS, "margin_ratio": MARGINS}, "mean over tokens, a margin, no reference"),
             ("sampo", {"beta": BETAS}, "as many tokens of the longer answer as the shorter has"),
-            ("d2po", {"beta": BETAS[1:3], "gamma": GAMMAS}, "token t weighs gamma^t"),
+            ("d2po", {"beta": BETAS[2:5], "gamma": GAMMAS}, "token t weighs gamma^t"),
         )
         for setting, null in (("first", False), ("last", True)):
+            yield Arm("before", "reference", setting, null, options={"method": "none"}, about=BEFORE)
             for name, grid, about in grids:
                 yield Arm(
                     name, "treatment" if name == "d2po" else "control", setting, null, options={**options, "method": name},
@@ -174,26 +193,31 @@ class D2POTrial(Trial):
     def run(self, arm: Arm, seed: int, context: Context) -> Outcome:
         from trialist.data.collation import stack_or_pad
         from trialist.data.order import BatchOrder
+        from trialist.models import deterministic_scoring
         from trialist.objectives import Preference
         from trialist.trials._preference_models import PreferenceModels
 
-        models = PreferenceModels(self, context, arm.setting)
-        method = arm["method"]
+        models, method = PreferenceModels(self, context, arm.setting), arm["method"]
+        if method == "none":
+            return models.outcome_before()
+        model = models.model()
         objective = Preference(
-            method, arm["beta"], arm["gamma"], margin_ratio=arm["margin_ratio"] if method == "simpo" else None
-        )
-        rows, model = models.rows("train"), models.model()
+            method, beta=arm["beta"], gamma=arm["gamma"] if method == "d2po" else None,
+            margin_ratio=arm["margin_ratio"] if method == "simpo" else None, share_prompt=models.shares(model),
+        )  # fmt: skip
+        rows = models.rows("train", objective)
         order = BatchOrder(len(rows), self.batch, context.stream("data_order"))
 
         def batches(step: int) -> dict[str, Any]:
             batch = stack_or_pad([rows[index] for index in order(step)])
             return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
-        outcome, _ = train(
-            model, batches, context, steps=self.steps, learning_rate=arm["learning_rate"], dtype=self.dtype,
-            evaluate=lambda _: {}, evaluations=1, tokenizer=models.tokenizer, objective=objective,
-        )  # fmt: skip
-        if outcome.diverged is not None:
-            return outcome
-        metrics, undefined = models.scores(model.eval(), objective)
-        return dataclasses.replace(outcome, metrics=metrics, undefined=undefined)
+        with deterministic_scoring(model):  # as the reference scored, without dropout
+            outcome, _ = train(
+                model, batches, context, steps=self.steps, learning_rate=arm["learning_rate"], dtype=self.dtype,
+                evaluate=lambda _: {}, evaluations=1, tokenizer=models.tokenizer, objective=objective,
+            )  # fmt: skip
+        forwards = 2 * self.batch * (outcome.cost.steps or 0) + 2 * len(rows) * objective.needs_reference
+        cost = dataclasses.replace(outcome.cost, sequence_forwards=forwards)
+        outcome = dataclasses.replace(outcome, cost=cost, notes=models.notes)
+        return outcome if outcome.diverged is not None else models.measured(model.eval(), objective, outcome)

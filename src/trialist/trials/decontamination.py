@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from trialist.engine.context import Context
-from trialist.engine.contract import Arm, Budget, Claim, Endpoint, Outcome, Trial
-from trialist.engine.hardware import resolve_device
-from trialist.trials._language_model import PRELOAD, VERSIONS, new_decoder, train
-from trialist.trials._text import Text, bits_per_byte, take
-
-if TYPE_CHECKING:
-    import numpy as np
-
-EXACT = 0.999
-"""A longest run above this share of an item is the whole item, word for word"""
-PIECE = 1_000
-"""Characters of a training row, about"""
+from trialist.engine.contract import Arm, Budget, Claim, Endpoint, Items, Outcome, Trial
+from trialist.trials._language_model import BUILT_IN, PRELOAD, VERSIONS, check_inputs, check_length, model_inputs
+from trialist.trials._planted_models import CLEAN, MIXED, NOTHING, OTHERS, SETTINGS, PlantedModels, inflations
+from trialist.trials._planted_text import PlantedText
+from trialist.trials._text import Text
 
 
 @dataclass(frozen=True)
@@ -29,23 +19,35 @@ class DecontaminationTrial(Trial):
     """Does removing rows by n-grams take away what a model gains on test items planted in its training text?"""
 
     claim = Claim(
-        statement="Trained on text that holds lightly edited copies of test items, a model predicts those items better than it "
-        "should; removing the rows that 8-grams cover by half takes most of that away, removing exact copies does not.",
+        statement="Trained on text that holds copies of test items, verbatim and edited, a model predicts those items better "
+        "than it should; removing the rows that cover more than half of an item by 8-grams leaves less of that gain than "
+        "removing verbatim copies, rows that share 8 or 13 words in a row with an item, or as many rows at random.",
         source="arXiv:2411.15124",
         reported="the rule (n-grams of 8, more than half of an item, more than 2 % of the items) by which training sets were "
         "decontaminated; its effect on scores is not reported",
-        endpoint=Endpoint("inflation", unit="bits per byte", better="lower", margin=0.05),
+        endpoint=Endpoint("inflation_left", unit="share of the gain from planting", better="lower", margin=0.1),
+        guards=(Endpoint("test_bits_per_byte", unit="bits per byte", better="lower", margin=0.05, floor=4.0),),
         secondary=(
-            Endpoint("planted_rows_left", unit="share of planted rows", better="lower"),
+            # no guard: rules that lose no row in any seed have no interval, and would never be inside a margin
             Endpoint("clean_rows_lost", unit="share of other rows", better="lower"),
+            Endpoint("inflation", unit="bits per byte", better="lower"),
+            Endpoint("planted_rows_left", unit="share of planted rows", better="lower"),
+            Endpoint("recall_of_restyled", unit="share of copies", better="higher"),
+            Endpoint("recall_of_numbers_swapped", unit="share of copies", better="higher"),
+            Endpoint("recall_of_reworded", unit="share of copies", better="higher"),
         ),
     )
+    replicate = "seed x item"
     budget = Budget("steps")
     presets = {
-        "tiny": dict(seeds=3, about="about 10 minutes a setting on 2 cores"),
+        "tiny": dict(seeds=3, about="about 5 minutes a setting on 2 cores"),
+        "real": dict(
+            model="smollm2-135m-instruct", benchmark="gsm8k", lora=16, items=24, batch=4, steps=75, train_bytes=40_000, seeds=3,
+            about="a given model and --data of your own, such as the training split of GSM8K, 2 to 3 hours on 2 cores",
+        ),
         "gpu": dict(
-            data="enwik8", layers=8, width=512, heads=8, length=1024, batch=32, steps=3_000, train_bytes=20_000_000,
-            items=512, seeds=6, about="minutes on one GPU",
+            data="enwik8", tokenizer="bpe-8192", layers=8, width=512, heads=8, length=1024, batch=32, steps=3_000,
+            train_bytes=40_000_000, items=512, seeds=6, about="an hour on one GPU",
         ),
     }  # fmt: skip
     preload = (
@@ -53,7 +55,9 @@ class DecontaminationTrial(Trial):
         "trialist.data.packing",
         "trialist.data.order",
         "trialist.data.tokenizers",
+        "trialist.data.matching",
         "trialist.data.scan",
+        "trialist.evaluation.bits_per_byte",
     )
     versions = VERSIONS
     usage = (
@@ -61,225 +65,141 @@ class DecontaminationTrial(Trial):
         'Decontaminate(data="rows.jsonl", benchmarks=("gsm8k", "mmlu"), output="clean.jsonl")()'
     )
 
+    model: str = BUILT_IN
+    """Hub id, local folder or asset of a model whose training is continued; `decoder` trains a small one from scratch"""
     data: str = "python-stdlib"
-    """Text: Hub id, local .txt, .jsonl or .parquet file or folder, or a built-in name; items come from its test split"""
-    items: int = 64
+    """Training text: Hub id, local .txt, .jsonl or .parquet file or folder, or a built-in name"""
+    benchmark: str = ""
+    """Benchmark whose questions are planted, as `analyze contamination` takes them; without it passages of the test split"""
+    items: int = 48
     """Planted test items, and as many that are not planted"""
     item_words: int = 50
-    """Words in an item"""
-    copies: int = 6
-    """Copies of each planted item, each edited in its own way and put into a row of its own"""
-    replaced: float = 0.08
-    """Share of the words of a copy that are replaced by others"""
+    """Words in a passage"""
+    copies: int = 7
+    """Copies of each planted item, each edited in its own way and a row of its own"""
     n: int = 8
-    """Words in an n-gram"""
+    """Words in an n-gram of the treatment"""
     coverage: float = 0.5
-    """Share of an item that a row must cover to be removed; 1 removes nothing"""
-    train_bytes: int = 250_000
+    """Share of an item that a row must cover for the treatment to remove it; 1 removes nothing"""
+    train_bytes: int = 900_000
     """Bytes of training text beside the planted rows"""
-    layers: int = 3
-    """Layers of the decoder"""
+    tokenizer: str = "bpe-1024"
+    """Tokenizer of the built-in decoder: `bytes`, `bpe-N` for N tokens trained on the training text, or a model's"""
+    layers: int = 2
+    """Layers of the built-in decoder"""
     width: int = 96
-    """Width of the decoder"""
+    """Width of the built-in decoder"""
     heads: int = 4
-    """Attention heads of the decoder"""
+    """Attention heads of the built-in decoder"""
     length: int = 256
-    """Tokens (bytes) in a training sequence"""
+    """Tokens in a training sequence"""
     batch: int = 8
     """Sequences in a step"""
-    steps: int = 500
+    steps: int = 200
     """Training steps"""
-    learning_rate: float = 4e-3
-    """Peak learning rate, the same for all arms: they differ in their data only"""
+    learning_rate: float | None = None
+    """Peak learning rate, the same for all arms: they differ in their data only. Without it 4e-3 for the built-in decoder, 1e-3
+    for adapters of a given model, 5e-5 for all of its weights"""
     split: str | None = None
     """Split of the data to read: `train` is cut 80/10/10, another name is the test set; without it as the data come"""
     columns: str = ""
-    """Column that holds the text, text=NAME"""
+    """Column that holds the text, text=NAME; with a benchmark, in it and in the data, question=NAME,answer=NAME"""
     max_examples: int | None = None
     """Most documents to read"""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`"""
     dtype: str = "float32"
     """float32, or bfloat16 for autocast"""
+    lora: int = 0
+    """Rank of LoRA adapters for a given model; 0 trains all weights"""
 
     def check(self) -> None:
-        for name in (
-            "items",
-            "item_words",
-            "copies",
-            "n",
-            "train_bytes",
-            "layers",
-            "width",
-            "heads",
-            "length",
-            "batch",
-            "steps",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("replaced", "coverage"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} is a share from 0 to 1, not {getattr(self, name)}")
-        if self.item_words < self.n:
+        check_inputs(
+            self.model, self.dtype, self.lora, items=self.items, item_words=self.item_words, copies=self.copies, n=self.n,
+            train_bytes=self.train_bytes, layers=self.layers, width=self.width, heads=self.heads, length=self.length,
+            batch=self.batch, steps=self.steps,
+        )  # fmt: skip
+        if not 0 <= self.coverage <= 1:
+            raise ValueError(f"--coverage is a share from 0 to 1, not {self.coverage}")
+        if self.item_words < self.n and not self.benchmark:
             raise ValueError(
                 f"--item-words {self.item_words} must be at least --n {self.n}: shorter items have no n-gram"
             )
-        if self.width % self.heads:
-            raise ValueError(f"--width {self.width} must be a multiple of --heads {self.heads}")
-        self.text.check()
-        if self.data not in ("python-stdlib", "enwik8"):
-            passages(self.text.splits().test.texts, 3 * self.items, self.item_words, self.data)
+        if self.model != BUILT_IN:
+            check_length(self.model, self.length)
+        elif self.width % (2 * self.heads):
+            raise ValueError(f"--width {self.width} must be an even multiple of --heads {self.heads}")
+        if self.benchmark and self.data == type(self).data:
+            raise ValueError(
+                f"--benchmark {self.benchmark} needs --data with rows of question and answer, such as its training split"
+            )
+        self.source.check()
 
     @property
-    def text(self) -> Text:
-        return Text(
-            data=self.data, tokenizer="bytes", split=self.split, columns=self.columns, max_examples=self.max_examples,
-            length=self.length, train_tokens=self.train_bytes, test_bytes=0,
+    def source(self) -> PlantedText:
+        text = Text(
+            data=self.data, tokenizer=self.tokenizer if self.model == BUILT_IN else self.model, split=self.split,
+            columns=self.columns, max_examples=self.max_examples, length=self.length, train_tokens=self.train_bytes,
+            test_bytes=0,
         )  # fmt: skip
+        return PlantedText(text, self.benchmark, self.items, self.item_words)
 
     def digests(self) -> Mapping[str, str]:
-        return {"device": resolve_device(self.device), "data": self.text.digest()}
+        return {**model_inputs(self.model, self.device), **self.source.digests()}
 
     def remarks(self) -> tuple[str, ...]:
-        return self.text.remarks()
+        left_out = (
+            "the settings of one edit alone and two references are left out: every run of a given model takes long"
+        )
+        return (*self.source.remarks(), *([] if self.model == BUILT_IN else [left_out]))
 
     def arms(self) -> Iterator[Arm]:
-        for setting, null in (("edited copies", False), ("copies of other items", True)):
-            for name, role, about in (
-                ("planted", "control", "nothing is removed"),
-                ("exact copies removed", "control", "rows that hold an item word for word are removed"),
-                ("n-grams removed", "treatment", "rows that cover more than half of an item by n-grams are removed"),
-                ("clean", "reference", "nothing was planted"),
-            ):
-                yield Arm(name, role, setting, null, about=about)  # type: ignore[arg-type]
+        half = f"more than {self.coverage:.0%} of an item by {self.n}-grams"
+        for setting in SETTINGS if self.model == BUILT_IN else (MIXED, OTHERS):
+            null = setting == OTHERS
+            yield Arm(NOTHING, "control", setting, null, about="no row is removed")
+            if not null:
+                yield Arm("full-string", "control", setting, about="without rows that hold an item word for word")
+                yield Arm("gpt3", "control", setting, about="without rows that share 13 words in a row with an item")
+                yield Arm("open-r1", "control", setting, about="without rows that share 8 words in a row with an item")
+            if setting in (MIXED, OTHERS):
+                as_many = "without as many rows as `tulu3` removes, drawn at random"
+                yield Arm("random", "control", setting, null, about=as_many)
+            yield Arm("tulu3", "treatment", setting, null, about=f"without rows that cover {half}")
+            if setting == MIXED:
+                if self.model == BUILT_IN:
+                    numbers = "without rows that share 12 words in a row with an item, all numbers alike"
+                    yield Arm("datatrove", "reference", setting, about=numbers)
+                    run = "without rows that cover more than half of an item in one run"
+                    yield Arm("longest", "reference", setting, about=run)
+                yield Arm(CLEAN, "reference", setting, about="nothing was planted")
 
     def run(self, arm: Arm, seed: int, context: Context) -> Outcome:
-        import numpy as np
-
-        from trialist.data.order import PackedBatches
-        from trialist.data.packing import pack
-        from trialist.data.tokenizers import byte_tokenizer, document_start, encode_documents
-
-        folder = context.stage(
-            "passages",
-            (*dataclasses.astuple(self.text), self.digests()["data"], self.items, self.item_words),
-            self.build,
-        )
-        stored = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
-        draw = np.random.default_rng(context.stream("planting"))
-        order = draw.permutation(3 * self.items)
-        planted, kept_out, others = (
-            [stored["passages"][at] for at in order[start : start + self.items]]
-            for start in range(0, 3 * self.items, self.items)
-        )
-        copied = planted if arm.setting == "edited copies" else others
-        rows, is_planted = self.plant(stored["rows"], copied, draw)
-        keep = self.kept(arm.name, rows, is_planted, planted + kept_out if copied is planted else others + kept_out)
-        texts = [row for row, kept in zip(rows, keep) if kept]
-
-        tokenizer = byte_tokenizer()
-        start = document_start(tokenizer)
-        packed = pack(encode_documents(tokenizer, texts), self.length, bos_id=start)
-        batches = PackedBatches(packed, self.batch, context.stream("data_order"))
-        tests = {
-            name: (
-                pack(encode_documents(tokenizer, part), self.length, bos_id=start),
-                sum(len(t.encode()) for t in part),
-            )
-            for name, part in (("planted", planted), ("kept out", kept_out))
-        }
-        device = resolve_device(self.device)
-        model = new_decoder(
-            context, device=device, vocab_size=len(tokenizer), hidden_size=self.width, num_hidden_layers=self.layers,
-            num_attention_heads=self.heads, max_position_embeddings=self.length,
-        )  # fmt: skip
-
-        def evaluate(trained: Any) -> dict[str, float]:
-            bits = {name: bits_per_byte(trained, *part, batch=self.batch) for name, part in tests.items()}
-            return {"inflation": bits["kept out"] - bits["planted"], "test_bits_per_byte": bits["kept out"]}
-
-        outcome, last = train(
-            model,
-            lambda step: {name: tensor.to(device) for name, tensor in batches(step).items()},
-            context,
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            dtype=self.dtype,
-            evaluate=evaluate,
-            evaluations=5,
-            tokenizer=tokenizer,
-        )
+        models = PlantedModels(self, context)
+        rows, planted = models.rows(arm.setting)
+        keep = models.kept(arm.name, rows, planted)
+        clean, most = models.end(CLEAN), models.end(MIXED if arm.setting == OTHERS else arm.setting)
+        if context.keep_model or arm.setting == OTHERS or arm.name not in (NOTHING, CLEAN):
+            outcome = models.trained([row for row, stays in zip(rows, keep) if stays])
+        else:
+            outcome = clean if arm.name == CLEAN else most
         if outcome.diverged is not None:
             return outcome
-        lost = {
-            "planted_rows_left": float(keep[is_planted].mean()),
-            "clean_rows_lost": float(1 - keep[~is_planted].mean()),
+        scores, undefined = inflations(outcome, clean, most)
+        items: dict[str, Items] = {"test_bits_per_byte": outcome.items["test_bits_per_byte"], **scores}
+        metrics = {name: sum(of.scores) / len(of.scores) for name, of in items.items()}
+        metrics |= {
+            "planted_rows_left": float(keep[planted].mean()),
+            "clean_rows_lost": float(1 - keep[~planted].mean()),
         }
-        return dataclasses.replace(outcome, metrics={**last, **lost})
-
-    def build(self, folder: Path) -> None:
-        """Fills a stage: training rows, and passages of test documents."""
-        from trialist.data.files import cut_text
-
-        splits = self.text.splits()
-        rows = [piece for text in take(splits.train, self.train_bytes, longest=None) for piece in cut_text(text, PIECE)]
-        stored = {"rows": rows, "passages": passages(splits.test.texts, 3 * self.items, self.item_words, self.data)}
-        (folder / "texts.json").write_text(json.dumps(stored), encoding="utf-8")
-
-    def plant(
-        self, rows: Sequence[str], items: Sequence[str], draw: np.random.Generator
-    ) -> tuple[list[str], np.ndarray]:
-        """The rows and `copies` of each item among them, edited; and which rows are planted."""
-        import numpy as np
-
-        words = [word for row in rows for word in row.split()]
-        made = []
-        for item in items:
-            for _ in range(self.copies):
-                copy = item.split(" ")
-                for at in np.flatnonzero(draw.random(len(copy)) < self.replaced):
-                    copy[at] = words[draw.integers(len(words))]
-                made.append(" ".join(copy))
-        return [*rows, *made], np.arange(len(rows) + len(made)) >= len(rows)
-
-    def kept(self, arm: str, rows: Sequence[str], is_planted: np.ndarray, items: Sequence[str]) -> np.ndarray:
-        """(rows,) bool: what the arm trains on. items: what is looked for in the rows."""
-        import numpy as np
-
-        from trialist.data.benchmark_items import Items
-        from trialist.data.overlap import OverlapIndex
-        from trialist.data.scan import Rule, Scan
-        from trialist.data.streams import Place
-
-        if arm == "clean":
-            return ~is_planted
-        rule = {
-            "planted": Rule(coverage=1.0),
-            "exact copies removed": Rule("longest", EXACT),
-            "n-grams removed": Rule("tulu3", self.coverage),
-        }[arm]
-        wanted = Items("test", ("text",), tuple(map(str, range(len(items)))), tuple((text,) for text in items))
-        scan = Scan(OverlapIndex([wanted], self.n), rule, list_rows=True)
-        scan.add([Place("rows", number) for number in range(len(rows))], [[row] for row in rows])
-        keep = np.ones(len(rows), bool)
-        keep[[row.place.number for row in scan.found]] = False
-        return keep
-
-
-def passages(texts: Sequence[str], count: int, words: int, name: str) -> list[str]:
-    """Passages of so many words from texts, words joined by single spaces, that do not overlap: the same for every seed.
-
-    Raises ValueError when the texts hold fewer.
-    """
-    found = []
-    for text in texts:
-        split = text.split()
-        found += [" ".join(split[at : at + words]) for at in range(0, len(split) - words + 1, 2 * words)]
-    distinct = list(dict.fromkeys(found))
-    if len(distinct) < count:
-        raise ValueError(
-            f"{name}: its test split holds {len(distinct)} passages of {words} words, {count} are needed; lower --items"
+        curves = dict(outcome.curves)
+        if arm.setting == MIXED and arm.name != CLEAN:
+            found, curves["recall_by_share_of_words_dropped"] = models.recalls(arm.name, 1 - float(keep.mean()))
+            metrics |= {f"recall_of_{edit.replace(' ', '_')}": share for edit, share in found.items()}
+        notes = (
+            f"in setting {arm.setting} {planted.mean():.0%} of the rows are planted",
+            "wall and CPU time include the two shared trainings between which the gain from planting lies",
         )
-    step = len(distinct) // count
-    return distinct[: count * step : step]
+        return dataclasses.replace(
+            outcome, metrics=metrics, items=items, undefined=undefined, curves=curves, notes=notes
+        )

@@ -64,7 +64,7 @@ class RecurrentDepthTrial(WalkTrial):
         return 2 * self.hops
 
     @property
-    def readings(self) -> tuple[int, ...]:
+    def numbers_of_steps(self) -> tuple[int, ...]:
         """Numbers of steps of the curves: the mean, twice the mean, and powers of two up to four times the mean."""
         powers = {2**power for power in range((4 * self.recurrence).bit_length())}
         return tuple(sorted(powers | {self.recurrence, 2 * self.recurrence}))
@@ -174,7 +174,7 @@ class RecurrentDepthTrial(WalkTrial):
         bands = [(low, min(low + width - 1, self.longest)) for low in range(1, self.longest + 1, width)]
         named = {name: part[:HEALTH_ITEMS] for name, part in walker.named(items, symbols).items()}
         values: dict[str, list[tuple[float, float]]] = {}
-        for steps in self.readings:
+        for steps in self.numbers_of_steps:
             set_num_steps(model, steps)
             shares = by_hops(right(model, items, symbols), bands)
             found = {f"accuracy_of_{band}_by_steps": share for band, share in shares.items()}

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from trialist.evaluation import answers
-from trialist.evaluation.answers import Judge
+from trialist.data import answers
+from trialist.data.answers import Judge
 
 pytest.importorskip("math_verify", reason="the extra `eval` is not installed")
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
