@@ -194,7 +194,7 @@ def _figures(summary: Mapping[str, Any], view: Mapping[str, Any]) -> dict[str, A
         )
         figures["ranges"] = both(
             "ranges", f"Readings over a range. {words}",
-            lambda width: charts.curves(ranges, styles, width=width, large=False),
+            lambda width: charts.curves(ranges, styles, width=width, large=len(ranges) == 1),
         )  # fmt: skip
         figures["ranges_legend"] = _legend(ranges, styles)
         figures["ranges_note"] = " ".join(_not_drawn(ranges))
