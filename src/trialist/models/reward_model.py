@@ -95,8 +95,7 @@ def load_reward_model(
             f"model {model!r} lacks {len(missing)} of the weights of a {type(loaded).__name__}: {', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}; they would be drawn at random. Its files may be incomplete"
         )
-    for name in heads_of(loaded):
-        _keep_exact(getattr(loaded, name))
+    keep_heads_exact(loaded)
     return loaded.to(device).eval(), bool(head)
 
 
@@ -138,11 +137,14 @@ class _Exact:
             return super().forward(hidden.to(dtype), *arguments, **options)  # type: ignore[misc]
 
 
-def _keep_exact(head: nn.Module) -> None:
-    if next(head.parameters()).dtype != torch.float64:
-        head.float()
-    kind = type(head)
-    head.__class__ = type(kind.__name__, (_Exact, kind), {"__module__": kind.__module__})
+def keep_heads_exact(model: nn.Module) -> None:
+    """Heads for a reward have float32 weights and compute outside autocast: rewards of 8 bits would tie where they are close."""
+    for name in heads_of(model):
+        head = getattr(model, name)
+        if next(head.parameters()).dtype != torch.float64:
+            head.float()
+        kind = type(head)
+        head.__class__ = type(kind.__name__, (_Exact, kind), {"__module__": kind.__module__})
 
 
 def sequence_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

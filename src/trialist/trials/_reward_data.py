@@ -150,7 +150,7 @@ def own_rows(trial: RRMTrial, seed: int, rates: tuple[float, float], tokenizer: 
     found = read_preferences(trial.data, columns=trial.columns, split=trial.split, max_examples=trial.max_examples)
     encoded = functools.partial(
         encode_preferences, tokenizer=tokenizer, max_length=trial.length, context=model_context(trial.model),
-        source=trial.data,
+        source=trial.data, whole=True,
     )  # fmt: skip
     pairs, counts = encoded(found)
     rows = [found[pair.row] for pair in pairs]

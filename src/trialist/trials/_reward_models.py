@@ -54,6 +54,7 @@ def new_reward_model(seed: int, task: ArtefactTask, *, layers: int, width: int) 
 
     from trialist.data.artefact_task import PAD
     from trialist.models.initialization import initialize_
+    from trialist.models.reward_model import keep_heads_exact
 
     config = LlamaConfig(
         vocab_size=task.vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
@@ -62,6 +63,7 @@ def new_reward_model(seed: int, task: ArtefactTask, *, layers: int, width: int) 
     )  # fmt: skip
     model = LlamaForSequenceClassification(config)
     initialize_(model, seed)
+    keep_heads_exact(model)
     return model
 
 
