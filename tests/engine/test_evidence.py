@@ -77,10 +77,10 @@ def test_the_picture_is_one_svg_with_both_grounds_and_no_reference_outside(folde
 
 
 def test_the_effect_is_drawn_in_units_of_the_margin_between_its_bounds(folder: Path) -> None:
-    from trialist.engine.evidence import _row
+    from trialist.engine.evidence import row_of
 
     document = next(entry for entry in load_evidence(folder) if entry["verdict"] == "contradicted")
-    scaled = _row(document)["scaled"]
+    scaled = row_of(document)["scaled"]
     assert scaled["effect"] == pytest.approx(-0.05 / 0.02)
     assert scaled["low"] == pytest.approx(-0.071 / 0.02)
 

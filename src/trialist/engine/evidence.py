@@ -54,7 +54,7 @@ def render_evidence(folder: str | Path) -> tuple[str, str]:
     from trialist.engine.report import templates
 
     documents = load_evidence(folder)
-    rows = [_row(document) for document in documents]
+    rows = [row_of(document) for document in documents]
     picture = describe(picture_of(rows), "evidence", f"Measured verdicts. {_alt(rows)}") + "\n"
     counts = {word: sum(row["verdict"] == word for row in rows) for word in wording.WORDS}
     page = templates().get_template("evidence.md").render(rows=rows, counts=counts, folder=Path(folder).name)
@@ -64,13 +64,14 @@ def render_evidence(folder: str | Path) -> tuple[str, str]:
 def measured(documents: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
     """Trial -> name of the evidence file -> verdict with its effect, on one line, as `trialist list` shows it."""
     found: dict[str, dict[str, str]] = {}
-    for row in map(_row, documents):
+    for row in map(row_of, documents):
         text = f"{row['verdict']}, {row['effect']}" if row["n"] else row["verdict"]
         found.setdefault(row["trial"], {})[row["name"]] = text
     return {trial: dict(sorted(entries.items())) for trial, entries in sorted(found.items())}
 
 
-def _row(document: Mapping[str, Any]) -> dict[str, Any]:
+def row_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of one evidence file, with `name` and `path` of it, in the words that are printed."""
     none = {"effect": None, "control": "", "n": 0, "reason": document["reason"]}
     effect = wording.weakest(document["effects"]) or none
     margin, unit = document["margin"], wording.effect_unit(document)
@@ -93,7 +94,10 @@ def _row(document: Mapping[str, Any]) -> dict[str, Any]:
             *[f"against {entry['control']}: {_line(entry, unit)}" for entry in document["effects"]],
             *[f"saving of {entry['endpoint']}: {_line(entry)}" for entry in document.get("savings") or []],
             *[f"guard {entry['endpoint']} against {entry['control']}: {_line(entry)}" for entry in document["guards"]],
-            *[f"negative control {entry['setting']}: {_line(entry, unit)}" for entry in document["null_effects"]],
+            *[
+                f"negative control {entry['setting']}, against {entry['control']}: {_line(entry, unit)}"
+                for entry in document["null_effects"]
+            ],
             *[f"reference {entry['control']}: {_line(entry, unit)}" for entry in document.get("references") or []],
             *[
                 f"setting {entry['setting']}, against {entry['control']}: {_line(entry, unit)}"

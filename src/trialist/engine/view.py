@@ -53,7 +53,7 @@ def view_of(summary: Mapping[str, Any]) -> dict[str, Any]:
         "panels": _seed_panels(summary, primary),
         "seed_tables": _seed_tables(summary),
         "curve_panels": _curve_panels(summary, primary),
-        "range_panels": _range_panels(summary, primary),
+        "range_panels": range_panels(summary, primary),
         "costs": _costs(summary, primary),
         "stages": _stages(summary.get("stages") or []),
         "items": summary.get("items") or [],
@@ -258,7 +258,7 @@ def _curve_panels(summary: Mapping[str, Any], primary: str) -> list[dict[str, An
     return panels
 
 
-def _range_panels(summary: Mapping[str, Any], primary: str) -> list[dict[str, Any]]:
+def range_panels(summary: Mapping[str, Any], primary: str) -> list[dict[str, Any]]:
     """What the runs of the deciding setting read over a range of something else than the budget: a panel a reading."""
     means = [
         entry
