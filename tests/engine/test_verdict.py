@@ -105,7 +105,14 @@ def test_all_co_primary_endpoints_must_hold(second, word):
 
 @pytest.mark.parametrize(
     ("guard", "word"),
-    [(SLIGHTLY_WORSE, "supported"), (CLEAR, "supported"), (OPEN, "inconclusive"), (WORSE, "contradicted")],
+    [
+        (SLIGHTLY_WORSE, "supported"),
+        (CLEAR, "supported"),
+        (OPEN, "inconclusive"),
+        (WORSE, "contradicted"),
+        ((0.0,) * len(CLEAR), "supported"),
+    ],
+    ids=["slightly worse", "better", "open", "worse", "equal in every seed"],
 )
 def test_guards_must_stay_inside_their_margin(guard, word):
     records = and_metric(runs(old=CLEAR), "accuracy", old=guard)
@@ -114,6 +121,14 @@ def test_guards_must_stay_inside_their_margin(guard, word):
     if word == "contradicted":
         assert "guard" in result.reason
         assert "Do not use it: it costs more accuracy" in result.advice
+
+
+def test_a_guard_that_is_equal_in_every_seed_asks_for_no_more_seeds():
+    records = and_metric(runs(old=OPEN), "accuracy", old=(0.0,) * len(OPEN))
+    result = verdict(records, of=claim(guards=(GUARD,)))
+    assert result.word == "inconclusive"
+    assert "guard" not in result.reason
+    assert result.more_seeds == verdict(runs(old=OPEN)).more_seeds is not None
 
 
 def test_secondary_endpoints_get_intervals_and_decide_nothing():

@@ -151,7 +151,8 @@ def more_replicates(evidence: Evidence, now: int, unit: Literal["seeds", "items"
         grown = evidence.mapped(lambda i: project(i, seeds=n) if unit == "seeds" else project(i, items=n))
         return word_for(grown).word != "inconclusive"
 
-    if any(not entry.interval.defined for entry in (*evidence.decisive, *evidence.guarding, *evidence.savings)):
+    measured = (*evidence.decisive, *(e for e in evidence.guarding if not _equal_throughout(e)), *evidence.savings)
+    if any(not entry.interval.defined for entry in measured):
         return None
     found = least_number(decided, now, MOST_SEEDS if unit == "seeds" else MOST_ITEMS)
     return None if found is None else found - now
@@ -171,9 +172,11 @@ def _open(evidence: Evidence) -> tuple[tuple[Contrast, str], ...]:
             worse = i.lies_below_zero()
             found.append((entry, "it is worse, but by less than the margin" if worse else "the interval includes 0"))
     for entry in evidence.guarding:
+        if _inside_guard(entry):
+            continue
         if not entry.interval.defined:
             found.append((entry, entry.interval.reason or "undefined"))
-        elif not _inside_guard(entry):
+        else:
             found.append((entry, "this guard could be worse by more than its margin"))
     for entry in evidence.savings:
         if not entry.interval.defined:
@@ -197,7 +200,14 @@ def _broken_guards(evidence: Evidence) -> tuple[Contrast, ...]:
 
 
 def _inside_guard(entry: Contrast) -> bool:
-    return entry.interval.low is not None and entry.interval.low > -entry.margin
+    return _equal_throughout(entry) or (entry.interval.low is not None and entry.interval.low > -entry.margin)
+
+
+def _equal_throughout(entry: Contrast) -> bool:
+    """Whether the arms have the same value in every replicate. That is no interval, but nothing was lost either, as where both
+    answer everything; that the arms differ at all is shown by the endpoint, whose own interval decides."""
+    interval = entry.interval
+    return not interval.defined and interval.n >= LEAST_REPLICATES and interval.estimate == 0.0
 
 
 def _inside(low: float | None, high: float | None, margin: float) -> bool:
