@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
+import importlib
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from trialist.analysis.registry import ANALYSES
 from trialist.cli._entries import load_entry
 from trialist.cli.main import VERBS, main
+from trialist.decoding.settings import Sampling, flag_classes
 from trialist.engine.contract import Cost, Outcome
 from trialist.engine.options import RunOptions
 from trialist.engine.records import outcome_to_json
@@ -39,6 +41,7 @@ ENTRIES = {
     "analyze": {name: ANALYSES[name] for name in ("context-memory", "param-delta")},
 }
 """Of them, those that read a model first, which little of the junk is"""
+GENERATE = ("generate", "serve")
 MODELS = ("model", "base_new", "post", "base")
 """Options that name one"""
 TRIALS = ("coins", "dice", "selective-attention", "selective-recall")
@@ -164,15 +167,28 @@ def furnish(folder: Path) -> None:
     (folder / "empty.jsonl").write_text("")
     (folder / "loop").symlink_to("loop")
     os.mkfifo(folder / "pipe")
+    _save_writer(folder / "writer")
     for number, name in enumerate(("base", "post")):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text('{"model_type": "one-matrix"}')
         save_file({"w": torch.eye(3) + 0.01 * number}, folder / name / "model.safetensors")
 
 
+def _save_writer(folder: Path) -> None:
+    """A model that generates, within no time."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from trialist.data.tokenizers import byte_tokenizer
+
+    config = LlamaConfig(vocab_size=259, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                         num_key_value_heads=1, max_position_embeddings=64)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
 def option_set(chance: random.Random) -> list[str]:
     """A command line of which some part is usually wrong."""
-    verbs = [verb for verb in VERBS if verb not in TRAINS or verb in ENTRIES]
+    verbs = [verb for verb in VERBS if verb not in TRAINS or verb in ENTRIES or verb in GENERATE]
     kind = chance.random()
     if kind < 0.04:
         return [chance.choice(NO_NUL) for _ in range(chance.randrange(4))]
@@ -251,12 +267,31 @@ def of_entry(chance: random.Random, verb: str) -> list[str]:
     return arguments
 
 
+def of_generation(chance: random.Random, verb: str) -> list[str]:
+    """A server is never given a model that it could serve."""
+    own = importlib.import_module(f"trialist.cli.{verb}").Options
+    classes = (own, Sampling, *flag_classes().values())
+    fields = {field.name: str(field.type) for cls in classes for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    models = ("writer", "writer", "writer", "base", "folder") if verb == "generate" else ("base", "folder")
+    arguments = ["--model", chance.choice(models)] if chance.random() < 0.95 else []
+    if verb == "generate":
+        arguments += (
+            ["--prompt", "hello"] if chance.random() < 0.7 else ["--file", chance.choice(("good.txt", *NO_NUL))]
+        )
+    for field in some(chance, [field for field in fields if field not in ("model", "file", "device")], 4):
+        flag = "--" + field.replace("_", "-")
+        flag = typo(chance, flag) if chance.random() < 0.05 else flag
+        value = fitting(chance, fields[field]) if chance.random() < 0.6 else chance.choice(NO_NUL)
+        arguments += [flag] if "bool" in fields[field] else [f"{flag}={value}"]
+    return [*arguments, "--max-new-tokens", "3"] if "--max-new-tokens" not in " ".join(arguments) else arguments
+
+
 def plain(chance: random.Random, verb: str) -> list[str]:
     return list(some(chance, NO_NUL, 3))
 
 
 ARGUMENTS: dict[str, Callable[[random.Random, str], list[str]]] = {
-    "run": of_trial, "plan": of_trial, **dict.fromkeys(ENTRIES, of_entry),
+    "run": of_trial, "plan": of_trial, **dict.fromkeys(ENTRIES, of_entry), **dict.fromkeys(GENERATE, of_generation),
     **dict.fromkeys(("runs", "report", "verify", "export", "evidence", "compare", "assets", "list", "show"), of_stored),
 }  # fmt: skip
 

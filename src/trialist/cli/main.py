@@ -22,6 +22,8 @@ VERBS = {
     "report": "verdicts, intervals, curves and costs as HTML, Markdown or JSON",
     "evidence": "render EVIDENCE.md and its picture from evidence/",
     "verify": "run a stored run again and compare",
+    "generate": "text of a model under any decoding techniques: streamed, or a file of prompts",
+    "serve": "an OpenAI-compatible server on this machine, with the same options",
     "eval": "score a model on benchmarks: bits per byte, BLiMP, HellaSwag, GSM8K, ...",
     "compare": "a paired verdict on two evaluations, or on two result files that you already have",
     "export": "copy the model of a run to a folder",

@@ -27,7 +27,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
     Encoding adds no special token, and text that spells one (`"<bos>"`) is encoded as its bytes.
     """
-    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
     return _fast(Tokenizer(models.BPE(vocab=vocabulary, merges=[])), use_regex=False)
 
 
@@ -36,7 +36,7 @@ def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.vocab_size != 256:
         return False
     vocabulary = tokenizer.get_vocab()
-    return all(vocabulary.get(character) == byte for byte, character in enumerate(_byte_characters()))
+    return all(vocabulary.get(character) == byte for byte, character in enumerate(byte_characters()))
 
 
 def bpe_tokenizer(texts: Sequence[str], vocab_size: int, cache: bool = True) -> PreTrainedTokenizerFast:
@@ -132,7 +132,7 @@ def _train_bpe(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     # the bytes come first, as in the byte tokenizer, and the specials are added behind the merges
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL), initial_alphabet=_byte_characters(), show_progress=False
+        vocab_size=vocab_size - len(SPECIAL), initial_alphabet=byte_characters(), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
     return _fast(tokenizer, use_regex=True)
@@ -152,7 +152,7 @@ def _fast(tokenizer: Tokenizer, *, use_regex: bool) -> PreTrainedTokenizerFast:
     )
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The printable character that stands for each byte 0..255 in byte-level tokenizers (GPT-2's table).
 
     Printable Latin-1 bytes stand for themselves; the others take the characters from U+0100 on, in order.

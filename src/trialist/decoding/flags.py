@@ -9,7 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-FLAGS: dict[str, str] = {}
+FLAGS: dict[str, str] = {
+    "budget-forcing": "trialist.decoding.budget_forcing.flags:ThinkFlags",
+    "compact-cache": "trialist.decoding.compact_cache.flags:CompactCacheFlags",
+    "precision": "trialist.decoding.precision.flags:PrecisionFlags",
+    "guidance": "trialist.decoding.guidance.flags:GuidanceFlags",
+    "progressive-precision": "trialist.decoding.precision.progressive_flags:ProgressivePrecisionFlags",
+}
 
 
 class Flags(Protocol):

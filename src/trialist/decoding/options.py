@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-Slot = Literal["cache.keys", "cache.values", "cache.eviction", "weights", "loop", "logits"]
-ORDER: tuple[Slot, ...] = ("cache.keys", "cache.values", "cache.eviction", "weights", "loop", "logits")
-"""In which options are prepared, whatever the order in which they are given"""
+Slot = Literal["cache.keys", "cache.values", "cache.eviction", "weights", "loop", "logits.last", "logits"]
+ORDER: tuple[Slot, ...] = ("loop", "weights", "cache.keys", "cache.values", "cache.eviction", "logits.last", "logits")
+"""In which options are prepared, whatever the order in which they are given: each runs around those before it, so the cache
+stands before a loop of its own begins"""
 SHARED: tuple[Slot, ...] = ("logits",)
 """Slots that take more than one option"""
 
@@ -75,6 +76,7 @@ WORDS: dict[Slot, str] = {
     "cache.eviction": "which tokens stay in the cache",
     "weights": "the precision of the weights",
     "loop": "how the loop of generation runs",
+    "logits.last": "last which token comes next",
     "logits": "the logits",
 }
 

@@ -2,6 +2,11 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from trialist.models.compact_cache.attention import compact_attention
+from trialist.models.compact_cache.cache import CompactCache
+from trialist.models.compact_cache.channels import KeyChannels
+from trialist.models.compact_cache.tokens import SnapKV, TokenBudget
+from trialist.models.compact_cache.values import QuantizedValues
 from trialist.models.configuration import ModularDecoderConfig
 from trialist.models.decoder import (
     ModularDecoderForCausalLM,
@@ -17,6 +22,19 @@ from trialist.models.eviction.swap import disable_eviction, enable_eviction
 from trialist.models.flops import flops_per_token
 from trialist.models.initialization import initialize_
 from trialist.models.loading import count_parameters, load_model, model_digest
+from trialist.models.nested.adapters import nested_lora
+from trialist.models.nested.layer import NestedLinear
+from trialist.models.nested.precision import (
+    available_bits,
+    get_precision,
+    nested_bytes,
+    precision,
+    precision_dials,
+    set_precision,
+    train_around,
+)
+from trialist.models.nested.quantizer import NestedQuantConfig
+from trialist.models.packed_attention import disable_packed_attention, enable_packed_attention
 from trialist.models.peer.feed_forward import grow_experts, peer_metrics
 from trialist.models.peer.layer import PEER
 from trialist.models.recurrent.cache import RecurrentStateLayer
@@ -35,46 +53,64 @@ from trialist.models.swaps import swap_ffn
 
 __all__ = [
     "PEER",
+    "CompactCache",
     "EvictingCacheLayer",
     "HeavyHitters",
+    "KeyChannels",
     "MinGRU",
     "MinLSTM",
     "ModularDecoderConfig",
     "ModularDecoderForCausalLM",
     "ModularDecoderForSequenceClassification",
     "ModularDecoderModel",
+    "NestedLinear",
+    "NestedQuantConfig",
+    "QuantizedValues",
     "Recency",
     "RecurrentDepth",
     "RecurrentDepthCache",
     "RecurrentStateLayer",
     "SelectiveAttention",
     "SelectiveCacheLayer",
+    "SnapKV",
     "StaticSelectiveCacheLayer",
+    "TokenBudget",
+    "available_bits",
     "cache_bytes",
     "calibrate_budgets",
+    "compact_attention",
     "count_parameters",
     "deterministic_scoring",
     "disable_eviction",
+    "disable_packed_attention",
     "disable_selective_attention",
     "enable_eviction",
+    "enable_packed_attention",
     "enable_selective_attention",
     "flops_per_token",
     "get_budgets",
+    "get_precision",
     "grow_experts",
     "initialize_",
     "kv_bytes",
     "load_model",
     "memory_profile",
     "model_digest",
+    "nested_bytes",
+    "nested_lora",
     "peer_metrics",
+    "precision",
+    "precision_dials",
     "recurrence_gain",
     "selected_logprobs",
     "set_budgets",
     "set_mean_recurrence",
     "set_num_steps",
+    "set_precision",
     "swap_ffn",
     "to_recurrent",
     "token_correlation",
+    "train_around",
     "with_steps",
 ]
 

@@ -16,7 +16,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trialist.models.attention import FullAttention
 
-BASES = {"sdpa": sdpa_mask, "eager": eager_mask}
+PACKED = "trialist_packed"
+"""Attention implementation of `trialist.models.packed_attention`"""
+BASES = {"sdpa": sdpa_mask, "eager": eager_mask, PACKED: sdpa_mask}
 """Attention implementations that layers which stay standard may keep, and their masks"""
 
 UNSUPPORTED_ARGUMENTS = {
@@ -170,9 +172,9 @@ def _replacement(
 
 
 def _standard_attention(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    if base == "sdpa":
-        return ALL_ATTENTION_FUNCTIONS["sdpa"]
-    return sys.modules[type(module).__module__].eager_attention_forward
+    if base == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[base]
 
 
 def hand_over_cache(

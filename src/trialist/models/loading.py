@@ -17,6 +17,8 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from trialist.data import assets
 from trialist.models.eviction.swap import enable_eviction
+from trialist.models.nested.adapters import nested_lora
+from trialist.models.nested.precision import nested_layers
 from trialist.models.selective_attention.swap import enable_selective_attention
 from trialist.models.swaps import swapped_loader
 
@@ -93,7 +95,8 @@ def _with_adapter(loaded: PreTrainedModel, model: str, source: str) -> PreTraine
     from peft import PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
     try:
-        loaded.add_adapter(PeftConfig.from_pretrained(source))
+        config = PeftConfig.from_pretrained(source)
+        loaded.add_adapter(nested_lora(config) if nested_layers(loaded) else config)
         weights = {name.removeprefix(PEFT_PREFIX): x for name, x in load_peft_weights(source, device="cpu").items()}
         set_peft_model_state_dict(loaded, weights)
     except (MemoryError, torch.OutOfMemoryError):

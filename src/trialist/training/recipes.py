@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 RECIPES = {
+    "precision-schedule": "trialist.decoding.precision.training:PrecisionScheduleTraining",
     "preference": "trialist.training.preference:PreferenceTraining",
     "sft": "trialist.training.sft:SupervisedFineTuning",
     "reward": "trialist.training.reward:RewardModelling",

@@ -7,4 +7,5 @@ TRANSFORMS: dict[str, str] = {
     "extract-delta": "trialist.weights.param_delta:ExtractDelta",
     "selective-attention": "trialist.weights.context_pruning:SelectiveAttentionTransform",
     "prune-context": "trialist.weights.context_pruning:PruneContext",
+    "quantize": "trialist.weights.nested.command:Quantize",
 }

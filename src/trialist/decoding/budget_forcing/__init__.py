@@ -1,0 +1,1 @@
+"""Budget forcing (s1): minimum and maximum of thinking."""

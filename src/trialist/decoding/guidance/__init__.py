@@ -1,0 +1,1 @@
+"""Guided decoding: OPAD, classifier-free guidance, context-aware and contrastive decoding."""

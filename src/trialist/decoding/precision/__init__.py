@@ -1,0 +1,1 @@
+"""The precision of nested weights, fixed or falling from step to step."""
