@@ -14,7 +14,7 @@ SMALL = {
     "layers": 1,
     "width": 16,
     "heads": 2,
-    "fewest": 2,
+    "fewest": 3,
     "most": 4,
     "batch": 8,
     "steps": 4,
@@ -143,8 +143,9 @@ def test_a_given_model_answers_worded_problems_through_the_same_path(llama_folde
     [
         ({"num_ignore": 0}, "--num-ignore must be at least 1"),
         ({"think_tokens": 20}, "--think-tokens 20: a trace and its re-computation have up to 30"),
-        ({"most": 1}, "fewest=2 and most=1"),
+        ({"most": 1}, "fewest=3 and most=1"),
         ({"width": 15}, "multiple of --heads"),
+        ({"fewest": 2, "modulus": 3}, "there are 9 such sums below 3"),
     ],
 )
 def test_inputs_that_cannot_work_are_refused_before_anything_runs(trial, changes, words):

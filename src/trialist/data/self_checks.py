@@ -152,9 +152,18 @@ class SelfCheckBatches:
 
 
 def questions(task: SelfChecks, count: int, seed: int) -> list[Question]:
-    """Different questions, each length equally often as far as the count allows."""
+    """Different questions, each length equally often as far as the count allows.
+
+    Raises ValueError where there are not that many different ones of the fewest numbers.
+    """
     draw = random.Random(seed)
     lengths = [task.fewest + number % (task.most - task.fewest + 1) for number in range(count)]
+    wanted, different = lengths.count(task.fewest), task.modulus**task.fewest
+    if wanted > different:
+        raise ValueError(
+            f"{count} questions of {task.fewest} to {task.most} numbers are asked for, {wanted} of them with {task.fewest}, and "
+            f"there are {different} such sums below {task.modulus}; raise fewest or modulus, or ask for fewer"
+        )
     found: dict[Question, None] = {}
     for terms in lengths:
         while (question := task.question(draw, terms)) in found:

@@ -19,7 +19,7 @@ from trialist.trials._language_model import (
     model_inputs,
     save,
 )
-from trialist.trials._thinking import VALIDATION, Thinker, Trace
+from trialist.trials._thinking import EVALUATION, VALIDATION, Thinker, Trace
 from trialist.trials._thinking_arms import VALIDATION_ITEMS, Traces, elected, enough, readings, repetition
 
 
@@ -113,7 +113,8 @@ class BudgetForcingTrial(Trial):
                 )
         else:
             check_length(self.model, self.think_tokens + self.answer_tokens + 16)
-            thinker.questions(VALIDATION, VALIDATION_ITEMS)
+        thinker.questions(EVALUATION, self.test_items)
+        thinker.questions(VALIDATION, VALIDATION_ITEMS)
 
     def digests(self) -> Mapping[str, str]:
         return model_inputs(self.model, self.device)
