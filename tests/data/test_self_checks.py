@@ -116,5 +116,5 @@ def test_what_no_trace_can_be_is_refused(changes):
 
 def test_more_questions_than_there_are_are_refused():
     assert len(questions(SelfChecks(fewest=2, most=3, modulus=3), 18, 1)) == 18
-    with pytest.raises(ValueError, match="20 questions .* 10 of them with 2, and there are 9 such sums"):
+    with pytest.raises(ValueError, match=r"20 questions .* 10 of them with 2, and there are 9 such sums"):
         questions(SelfChecks(fewest=2, most=3, modulus=3), 20, 1)
