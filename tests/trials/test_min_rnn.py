@@ -37,7 +37,10 @@ def test_at_equal_seconds_an_arm_takes_the_steps_that_attention_has_time_for(tri
     monkeypatch.setattr(
         min_rnn, "step_seconds", lambda models, *_: [taken[model.config.layer_types[0]] for model in models]
     )
-    steps = {arm.name: run_arm(trial, arm).cost.steps for arm in trial.arms() if arm.setting == "equal-seconds"}
+    outcomes = {arm.name: run_arm(trial, arm) for arm in trial.arms() if arm.setting == "equal-seconds"}
+    steps = {name: outcome.cost.steps for name, outcome in outcomes.items()}
+    for outcome in outcomes.values():
+        assert outcome.curves["bits_per_byte"][-1][0] == pytest.approx(outcome.cost.seconds)
     assert trial.steps == 6
     assert steps == {
         "attention": 6,

@@ -38,6 +38,8 @@ def test_every_control_spends_the_flops_of_the_treatment_and_hardly_more(trial, 
                 assert (metrics["usage"], metrics["unevenness"]) == (1, 0)
             if arm.role == "control":
                 assert treated <= outcomes[arm.name].cost.flops < 1.03 * treated
+            # curves lie over what is held equal
+            assert outcomes[arm.name].curves["recall"][-1][0] == pytest.approx(outcomes[arm.name].cost.flops)
         if setting == "facts":
             assert outcomes["large"].cost.flops > 1.3 * treated
             assert set(outcomes) == {"swiglu", "gelu", "peer", "large", "longer", "more-experts", "no-query-norm"}

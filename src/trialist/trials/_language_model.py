@@ -185,12 +185,13 @@ def train(
     objective: Callable[..., Any] | None = None,
     optimizer: Any = None,
     schedule: Any = None,
+    over: str = "tokens",
 ) -> tuple[Outcome, Mapping[str, float]]:
     """Trains under a budget of steps; returns an outcome without metrics, and what `evaluate` said at the end.
 
     A checkpoint in the run's folder lets an interrupted run go on. evaluations: points on the learning curves.
     objective: None is cross entropy. optimizer: None is AdamW with `learning_rate`. schedule: None is a cosine after a
-    twentieth of warm-up.
+    twentieth of warm-up. over: unit of the cost that the curves lie over, that of the trial's budget.
     """
     from trialist.objectives import CrossEntropy
     from trialist.optimizers import adamw
@@ -220,11 +221,8 @@ def train(
     )
     if context.keep_model and result.diverged is None:
         save(model, tokenizer, context.model_folder)
-    tokens_per_step = result.cost["tokens"] / max(result.steps, 1)
-    curves = {
-        name: tuple((spent * tokens_per_step, value) for spent, value in points)
-        for name, points in result.curves.items()
-    }
+    per_step = result.cost[over] / max(result.steps, 1)
+    curves = {name: tuple((step * per_step, value) for step, value in points) for name, points in result.curves.items()}
     outcome = Outcome(
         curves=curves,
         cost=Cost(**{unit: value for unit, value in result.cost.items() if unit in Cost.__dataclass_fields__}),

@@ -138,6 +138,7 @@ class PlantedModels:
             evaluate=evaluate,
             evaluations=2,
             tokenizer=self.tokenizer,
+            over="steps",
         )
         return dataclasses.replace(outcome, items=dict(scores))
 

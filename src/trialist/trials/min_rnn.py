@@ -95,7 +95,14 @@ class MinRNNTrial(TextTrial):
         model = self.new_model(arm["mixer"], arm["taps"], context, len(tokenizer))
         trained = dataclasses.replace(self, steps=self.affordable_steps(model, arm, context)) if timed else self
         outcome, last = trained.fit_text(
-            model, folder, context, learning_rate=arm["learning_rate"], part="test", evaluations=5, tokenizer=tokenizer
+            model,
+            folder,
+            context,
+            learning_rate=arm["learning_rate"],
+            part="test",
+            evaluations=5,
+            tokenizer=tokenizer,
+            over="seconds" if timed else "tokens",
         )
         if outcome.diverged is not None:
             return outcome

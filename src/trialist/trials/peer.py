@@ -252,6 +252,7 @@ class PEERTrial(Trial):
             dtype=self.dtype,
             evaluate=lambda trained: recall(trained, facts, symbols, device),
             evaluations=4,
+            over="flops",
         )
         if outcome.diverged is not None:
             return outcome
