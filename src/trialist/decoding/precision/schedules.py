@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -58,18 +59,19 @@ class PrecisionSchedule(Protocol):
         """
 
 
-class FixedSchedule:
+class FixedSchedule(ABC):
     """A schedule that looks at nothing but the number of the step."""
 
     reads_logits: ClassVar[bool] = False
 
     @property
+    @abstractmethod
     def precisions(self) -> tuple[int, ...]:
-        raise NotImplementedError
+        """Bits that it asks for, the highest first."""
 
+    @abstractmethod
     def at(self, step: int) -> int:
         """Bits at a step, from 0."""
-        raise NotImplementedError
 
     def over(self, steps: int) -> list[int]:
         """Bits of the first steps."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -118,9 +119,9 @@ class GenerationRequest(BaseModel):
             raise RequestError(f"stop must be text, or up to {MOST_STOPS} of them, none empty", "stop", "invalid_value")
         return found
 
+    @abstractmethod
     def top(self) -> int | None:
         """Most likely tokens to give beside each token; None for no log-probabilities."""
-        raise NotImplementedError
 
 
 class ChatRequest(GenerationRequest):
